@@ -1,0 +1,72 @@
+"""Two new words for a frozen language model: <image> and <|endofchunk|>.
+
+What this file teaches: how to give a frozen model new tokens without training its vocabulary. The usual ways both
+hurt: resizing the table trains 38 million weights of OPT-125m for two words, masking the gradient still lets weight
+decay move the other rows. Here the old table stays as it is, frozen, and a *decoupled* table of two rows, in and
+out, is all that trains.
+
+The new ids must be consecutive. They may lie inside the old table (OPT has spare rows: 50265 of 50272 are used; the
+new rows then stand in for them) or begin right behind it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _check_ids(first_id: int, count: int, rows: int) -> None:
+    if first_id > rows or first_id < rows < first_id + count:
+        raise ValueError(
+            f"the added token ids {first_id}..{first_id + count - 1} neither fit into the vocabulary of {rows} rows "
+            "nor begin right behind it: is the tokenizer that of another language model?"
+        )
+
+
+class DecoupledEmbedding(nn.Embedding):
+    """A frozen embedding table and a few trainable rows: token ids (B, T_txt) → (B, T_txt, D).
+
+    Args:
+        embedding: the frozen table; its weight is shared, not copied.
+        first_id, count: the ids whose rows are new. New rows begin as the mean of the old ones.
+    """
+
+    def __init__(self, embedding: nn.Embedding, first_id: int, count: int):
+        rows, dim = embedding.weight.shape
+        _check_ids(first_id, count, rows)
+        super().__init__(rows, dim, embedding.padding_idx, _weight=embedding.weight, _freeze=True)
+        self.first_id, self.count = first_id, count
+        mean = embedding.weight.detach().float().mean(dim=0)
+        self.additional_embedding = nn.Embedding(count, dim, _weight=mean.repeat(count, 1))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        is_new = (input_ids >= self.first_id) & (input_ids < self.first_id + self.count)
+        old = F.embedding(input_ids.masked_fill(is_new, 0), self.weight)
+        new = self.additional_embedding((input_ids - self.first_id).clamp(0, self.count - 1))
+        return torch.where(is_new[..., None], new.to(old.dtype), old)
+
+
+class DecoupledLinear(nn.Linear):
+    """A frozen language-model head and a few trainable output rows: hidden states (…, D) → logits (…, vocabulary).
+
+    keep: set while a loss is computed, a bool mask (B, T_txt): the head, half the work of a small language model,
+    then runs only at these positions and returns (K, vocabulary), K being their number.
+    """
+
+    def __init__(self, head: nn.Linear, first_id: int, count: int):
+        rows, dim = head.weight.shape
+        _check_ids(first_id, count, rows)
+        super().__init__(dim, rows, bias=head.bias is not None, device="meta")
+        self.weight, self.bias = head.weight, head.bias  # shared, not copied
+        self.first_id, self.count = first_id, count
+        self.additional_fc = nn.Linear(dim, count, bias=False)
+        with torch.no_grad():
+            self.additional_fc.weight.copy_(head.weight.float().mean(dim=0).expand(count, dim))
+        self.keep: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.keep is not None:
+            hidden = hidden[self.keep]  # (K, D)
+        old = super().forward(hidden)
+        new = self.additional_fc(hidden.to(self.additional_fc.weight.dtype)).to(old.dtype)
+        # The new columns stand where their ids are: behind the old ones, or in place of unused ones.
+        return torch.cat([old[..., : self.first_id], new, old[..., self.first_id + self.count :]], dim=-1)

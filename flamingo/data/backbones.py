@@ -1,0 +1,335 @@
+"""Pretrains the two frozen halves of the classroom: a small OPT and a small CLIP.
+
+    python -m flamingo.data.backbones --out assets/classroom        (about an hour and a half on 2 CPU cores)
+
+What this file teaches: where the "frozen backbones" of a Flamingo come from, at a size one can watch.
+
+1. A tokenizer (byte-level BPE, as OPT's) and a language model, trained by next-token prediction on documents
+   that keep one caption style throughout and mostly do not name it. So the frozen model *follows its context*:
+   that is the ability Flamingo's few-shot learning rests on.
+2. A CLIP: pictures and captions meet in one space (the contrastive loss of Radford et al. 2021). A contrastive
+   loss on whole captions does not need to know *where* things are, and its patch tokens then do not say. So two
+   dense terms ask every patch token what it shows, against the names in the text tower's space, and where it stands;
+   without the second the tokens lose their places, and a Flamingo on top sees a bag of objects. Most of it is taught on
+   crowded scenes: nine objects for the price of one picture.
+
+Both see all objects, the novel ones too, and only training pairs of them. Both are ordinary: open_clip and
+transformers load them through the same code as ViT-L-14 and OPT-125m.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from flamingo.data import probes, scenes
+from flamingo.data.probes import PATCH
+
+SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
+LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
+CLIP_CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": scenes.IMAGE_SIZE, "patch_size": PATCH, "width": 192, "layers": 4, "head_width": 32},
+    # The text tower starts from the language model's word vectors and keeps them (vocab_size is filled in).
+    "text_cfg": {"context_length": 32, "width": LM_WIDTH, "heads": LM_HEADS, "layers": 2, "pool_type": "eos",
+                 "eos_id": 2, "pad_id": 1},
+}  # fmt: skip
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------ documents
+def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -> str:
+    """One caption as it stands in a document: a space, perhaps a cue, the caption."""
+    if style == "answer":  # a question is its own cue
+        question, answer = rng.choice(scene.questions())
+        return f" Question: {question} Answer: {answer}"
+    cue = f" {scenes.CUES[style]}" if with_cue else ""
+    return f"{cue} {scene.caption(style)}"
+
+
+def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
+    """Two kinds of document, a line for each caption.
+
+    Two in three tell 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. One in three
+    tells *one* scene in several styles and asks about it: there the next word can be known from the lines before, so
+    the model learns to be sure of a name. (A model that has only ever guessed names cannot say
+    one with confidence, whatever it is shown: its word vectors lie too close together.)
+    """
+    rng = random.Random(f"document {seed} {split} {index}")
+    first = rng.randrange(2**40)
+    if rng.random() < 1 / 3:
+        told = [
+            scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 4))
+        ]
+        return "\n".join(line for scene in told for line in _retold(scene, rng))
+    style = rng.choice((*scenes.STYLES, "answer"))
+    with_cue = rng.random() < 0.3
+    told = [scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 16))]
+    return "\n".join(chunk(scene, style, rng, with_cue) for scene in told)
+
+
+def _retold(scene: scenes.Scene, rng: random.Random) -> list[str]:
+    """One scene in several styles, each named by its cue, and questions about it."""
+    styles = rng.sample((*scenes.STYLES, "answer", "answer"), rng.randint(3, 6))
+    return [chunk(scene, style, rng, with_cue=True) for style in styles]
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+def train_tokenizer(texts: list[str], *, closing: bool) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with OPT's special ids: <s> 0, <pad> 1, </s> 2 (begins a text, as OPT's does), <unk> 3.
+
+    closing: also end a text with </s> and begin it with <s>; CLIP's text tower reads its result at </s>.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, min_frequency=10, special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    template = "<s> $A </s>" if closing else "</s> $A"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, pair=None, special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>" if closing else "</s>", eos_token="</s>", pad_token="<pad>",
+        unk_token="<unk>", model_max_length=LM_POSITIONS, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- the two loops
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor: linear warmup, then half a cosine down to 1 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_optimizer(modules: list[nn.Module], lr: float) -> torch.optim.AdamW:
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
+         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}],
+        lr=lr, betas=(0.9, 0.98), eps=1e-8,
+    )  # fmt: skip
+
+
+def packed_rows(tokenizer, seed: int, first: int, rows: int, length: int) -> tuple[Tensor, int]:
+    """(rows, length) token ids: documents one after the other, each row beginning with a document."""
+    batch = []
+    while len(batch) < rows:
+        row: list[int] = []
+        while len(row) < length:
+            row += tokenizer(document(seed, "train", first, include_novel=True)).input_ids
+            first += 1
+        batch.append(row[:length])
+    return torch.tensor(batch), first
+
+
+def pretrain_lm(out: Path, steps: int, device: torch.device) -> tuple[OPTForCausalLM, dict]:
+    """Next-token prediction on caption documents. Writes `out/opt`."""
+    began = time.time()
+    corpus = [document(SEED, "train", 2**41 + i, include_novel=True) for i in range(6000)]
+    tokenizer = train_tokenizer(corpus, closing=False)
+    train_tokenizer(corpus, closing=True).save_pretrained(out / "clip")
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tokenizer), hidden_size=LM_WIDTH, word_embed_proj_dim=LM_WIDTH, ffn_dim=4 * LM_WIDTH,
+            num_hidden_layers=LM_LAYERS, num_attention_heads=LM_HEADS, max_position_embeddings=LM_POSITIONS,
+            dropout=0.0, attention_dropout=0.0, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+        )
+    ).to(device)  # fmt: skip
+    # Word vectors far apart from the start (the default is 0.02): tied as they are, they are also the answers.
+    nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    optimizer = make_optimizer([model], lr=2e-3)
+    first = 0
+    bar = tqdm(range(steps), desc="OPT", mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * cosine(step, steps, warmup=50)
+        # Every eighth batch has full-length rows, so that the far positions are trained too.
+        length, rows = (LM_POSITIONS, 12) if step % 8 == 0 else (192, 32)
+        input_ids, first = packed_rows(tokenizer, SEED, first, rows, length)
+        input_ids = input_ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    report = {"lm_parameters": sum(p.numel() for p in model.parameters()), "lm_seconds": round(time.time() - began)}
+    held_out = [document(SEED, "test", i, include_novel=False) for i in range(200)]
+    report["lm_test_perplexity"] = probes.perplexity(model.cpu(), tokenizer, held_out)
+    model.to(torch.float16).save_pretrained(out / "opt")  # half the bytes; from_pretrained(dtype=float32) widens it
+    tokenizer.save_pretrained(out / "opt")
+    return model.float(), report
+
+
+# ------------------------------------------------------------------------------------------------------ CLIP
+def to_pixels(pictures: list) -> Tensor:
+    """PIL pictures → (N, 3, H, W), normalised as open_clip will (MEAN, STD)."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))  # (N, H, W, 3) bytes
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def patch_names(scene: scenes.Scene, names: dict[str, int]) -> np.ndarray:
+    """(36,) the class of what each patch shows: an object that covers over 30 % of it, the ground if nothing
+    touches it, else -100 (not asked)."""
+    side = scenes.IMAGE_SIZE // PATCH
+    covered = np.zeros((len(scene.objects) + 1, side, side))
+    edges = np.arange(side) * PATCH
+    for k, placed in enumerate(scene.objects):
+        left, top, right, bottom = placed.box
+        x = np.clip(np.minimum(right, edges + PATCH) - np.maximum(left, edges), 0, None)
+        y = np.clip(np.minimum(bottom, edges + PATCH) - np.maximum(top, edges), 0, None)
+        covered[k] = np.outer(y, x) / PATCH**2
+    ids = np.array([names[placed.name] for placed in scene.objects] + [names[scene.ground]])
+    best = covered.argmax(0)
+    target = np.where(covered.max(0) > 0.3, ids[best], -100)
+    return np.where(covered.max(0) == 0, ids[-1], target).reshape(-1)
+
+
+def encode_image(clip: open_clip.CLIP, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels → class embedding (N, E) and patch embeddings (N, 36, E), the latter through the same projection."""
+    result = clip.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    return result["image_features"], result["image_intermediates"][0] @ clip.visual.proj
+
+
+def encode_text(clip: open_clip.CLIP, ids: Tensor) -> Tensor:
+    """Token ids (N, L) → text embedding (N, E). As clip.encode_text, but L may be shorter than the context."""
+    length = int((ids != 1).sum(1).max())  # 1 is <pad>: cut what nobody uses
+    ids = ids[:, :length]
+    x = clip.token_embedding(ids) + clip.positional_embedding[:length]
+    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
+    at_end = (ids == 2).int().argmax(1)  # 2 is </s>
+    return x[torch.arange(len(ids), device=ids.device), at_end] @ clip.text_projection
+
+
+def vision_batch(step: int, size: int, phase: str, names: dict[str, int]) -> tuple[Tensor, Tensor, list[str]]:
+    """Pixels, patch classes and captions (none for crowded scenes) of one training batch."""
+    rng = random.Random(f"vision {step}")
+    told = [
+        scenes.make_scene(SEED, "train", 2**42 + step * size + k, include_novel=True, crowd=phase == "crowd")
+        for k in range(size)
+    ]
+    targets = torch.from_numpy(np.stack([patch_names(scene, names) for scene in told]))
+    captions = [] if phase == "crowd" else [scene.caption(rng.choice(scenes.STYLES)) for scene in told]
+    return to_pixels([scene.draw() for scene in told]), targets, captions
+
+
+def pretrain_clip(out: Path, word_vectors: Tensor, steps: int, device: torch.device) -> dict:
+    """Contrastive and dense loss on scenes. Writes `out/clip`, which open_clip loads as `local-dir:`."""
+    began = time.time()
+    config = json.loads(json.dumps(CLIP_CONFIG))
+    config["text_cfg"] |= {"vocab_size": word_vectors.shape[0], "hf_tokenizer_name": "-"}
+    clip = open_clip.CLIP(**{k: v for k, v in config.items()}, output_dict=False).to(device)
+    with torch.no_grad():
+        clip.token_embedding.weight.copy_(word_vectors / word_vectors.std())
+    clip.token_embedding.requires_grad_(False)
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(out / "clip"), context_length=config["text_cfg"]["context_length"])
+
+    words = [*scenes.OBJECTS, *scenes.GROUNDS]
+    names = {name: i for i, name in enumerate(words)}
+    name_ids = tokenizer([f" {word}" for word in words]).to(device)
+    patches_a_picture = (scenes.IMAGE_SIZE // PATCH) ** 2
+    places = nn.Embedding(patches_a_picture, config["embed_dim"], device=device)  # only for training: not kept
+    optimizer = make_optimizer([clip, places], lr=1e-3)
+    bar = tqdm(range(steps), desc="CLIP", mininterval=10)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * cosine(step, steps, warmup=200)
+        # First only crowded scenes (what do objects look like), later every second batch is captioned pictures.
+        phase = "crowd" if step < 0.4 * steps or step % 2 else "captions"
+        pixels, targets, captions = vision_batch(step, 128 if phase == "crowd" else 192, phase, names)
+        with torch.autocast(device.type, torch.bfloat16):
+            image, patches = encode_image(clip, pixels.to(device))
+            name_vectors = F.normalize(encode_text(clip, name_ids).float(), dim=-1)
+            scale = clip.logit_scale.exp()
+            patches = F.normalize(patches.float(), dim=-1)
+            patch_logits = scale * patches @ name_vectors.T  # (N, 36, words): what is here?
+            place_logits = scale * patches @ F.normalize(places.weight, dim=-1).T  # (N, 36, 36): where is this?
+            where = torch.arange(patches_a_picture, device=device).expand(len(patches), -1)
+            dense = F.cross_entropy(patch_logits.flatten(0, 1), targets.flatten().to(device))
+            loss = dense + 0.5 * F.cross_entropy(place_logits.flatten(0, 1), where.flatten())
+            if captions:
+                text = F.normalize(encode_text(clip, tokenizer([f" {c}" for c in captions]).to(device)).float(), dim=-1)
+                logits = scale * F.normalize(image.float(), dim=-1) @ text.T
+                same = torch.arange(len(captions), device=device)
+                loss = loss + 0.5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        clip.logit_scale.data.clamp_(0, math.log(100))
+        if step % 20 == 0:
+            known = targets >= 0
+            hits = (patch_logits.argmax(-1).cpu() == targets)[known & (targets < len(scenes.OBJECTS))].float().mean()
+            bar.set_postfix(loss=f"{loss.item():.3f}", dense=f"{dense.item():.3f}", patch_hits=f"{hits:.3f}")
+        if step % 250 == 249 or step == steps - 1:
+            save_clip(out, config, clip)
+    seconds = round(time.time() - began)
+    clip.eval().cpu()
+    return {
+        "clip_parameters": sum(p.numel() for p in clip.parameters()),
+        "clip_seconds": seconds,
+        "retrieval_of_512": probes.retrieval(clip, tokenizer, to_pixels),
+        "probe_object_of_a_patch": probes.probe_patches(clip, to_pixels, patch_names, names),
+        "probe_object_in_the_left_half": probes.probe_left_half(clip, to_pixels, names),
+    }
+
+
+def save_clip(out: Path, config: dict, clip: nn.Module) -> None:
+    """An open_clip `local-dir:` folder: open_clip_config.json and the weights in half precision."""
+    (out / "clip").mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
+    described = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (out / "clip" / "open_clip_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    state = {name: value.detach().to(torch.float16).contiguous() for name, value in clip.state_dict().items()}
+    save_file(state, out / "clip" / "open_clip_model.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=Path("assets/classroom"), help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument("--clip-only", action="store_true", help="keep the OPT that is there and train the CLIP anew")
+    parser.add_argument("--lm-steps", type=int, default=700, help="optimizer steps for the OPT (default: %(default)s)")
+    parser.add_argument(
+        "--clip-steps", type=int, default=1200, help="optimizer steps for the CLIP (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(SEED)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report_file = args.out / "report.json"
+    if args.clip_only:
+        report = json.loads(report_file.read_text())
+        lm = OPTForCausalLM.from_pretrained(args.out / "opt", dtype=torch.float32)
+    else:
+        lm, report = pretrain_lm(args.out, args.lm_steps, device)
+        report_file.write_text(json.dumps(report, indent=2) + "\n")
+    report |= pretrain_clip(args.out, lm.get_input_embeddings().weight.detach(), args.clip_steps, device)
+    report_file.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

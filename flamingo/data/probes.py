@@ -1,0 +1,100 @@
+"""How good are the classroom backbones? The figures of README's model card.
+
+What this file teaches: retrieval, the usual score of a CLIP, says nothing about what Flamingo needs. A CLIP that finds
+97 of 100 captions may have patch tokens that know neither what they show nor where they stand. So we ask them, with the
+simplest reader there is: a linear one.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flamingo.data import scenes
+
+PATCH = 16  # pixels, of the classroom CLIP
+
+TEXTS, PICTURES = 512, 3000
+
+
+def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -> float:
+    """Accuracy of ridge regression onto one-hot classes. x (M, d), y (M,)."""
+    with_bias = lambda t: torch.cat([t, torch.ones(len(t), 1)], dim=1).double()  # noqa: E731
+    x, x_test = with_bias(x), with_bias(x_test)
+    gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(gram, x.T @ F.one_hot(y, classes).double())
+    return ((x_test @ weights).argmax(-1) == y_test).float().mean().item()
+
+
+def _told(split: str, count: int, layouts: tuple[str, ...]) -> list[scenes.Scene]:
+    drawn = (scenes.make_scene(77, split, i) for i in range(20 * count))
+    kept = (scene for scene in drawn if scene.layout in layouts)
+    return [scene for scene, _ in zip(kept, range(count), strict=False)]
+
+
+@torch.no_grad()
+def _tokens(clip, to_pixels, told: list[scenes.Scene]) -> Tensor:
+    """(N, 36, d) patch tokens, as Flamingo reads them."""
+    batches = [told[i : i + 256] for i in range(0, len(told), 256)]
+    read = dict(indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC")
+    pixels = (to_pixels([scene.draw() for scene in batch]) for batch in batches)
+    return torch.cat([clip.visual.forward_intermediates(p, **read)["image_intermediates"][0].float() for p in pixels])
+
+
+def probe_patches(clip, to_pixels, patch_names, names: dict[str, int], pictures: int = PICTURES) -> float:
+    """Name of the object a patch shows, read linearly off its token; scenes with object pairs never seen together."""
+
+    def shown(split: str, count: int) -> tuple[Tensor, Tensor]:
+        told = _told(split, count, ("one", "count", "row", "column", "three"))
+        targets = torch.from_numpy(np.stack([patch_names(scene, names) for scene in told]))  # (N, 36)
+        asked = (targets >= 0) & (targets < len(scenes.OBJECTS))
+        return _tokens(clip, to_pixels, told)[asked], targets[asked]
+
+    return linear_probe(*shown("train", pictures), *shown("test", pictures // 3), len(names))
+
+
+def probe_left_half(clip, to_pixels, names: dict[str, int], pictures: int = 3 * PICTURES) -> float:
+    """Which of two objects is in the left half, read linearly off the mean of the left half's tokens. An encoder that
+    spreads what it knows over all its tokens fails here, however good its retrieval."""
+    side = scenes.IMAGE_SIZE // PATCH
+    left = torch.arange(side * side) % side < side // 2  # (36,)
+
+    def pairs(split: str, count: int) -> tuple[Tensor, Tensor]:
+        told = _told(split, count, ("row",))
+        told = [scene for scene in told if scene.objects[0].box[2] <= 48 <= scene.objects[1].box[0]]
+        tokens = _tokens(clip, to_pixels, told)[:, left].mean(dim=1)
+        return tokens, torch.tensor([names[scene.names[0]] for scene in told])
+
+    return linear_probe(*pairs("train", pictures), *pairs("test", pictures // 3), len(names))
+
+
+@torch.no_grad()
+def retrieval(clip, tokenizer, to_pixels) -> dict[str, float]:
+    """Right caption first among 512 of held-out scenes, and right picture first for a caption."""
+    told = list(
+        {
+            scene.caption("sentence"): scene for scene in _told("test", 2 * TEXTS, ("one", "row", "column", "three"))
+        }.values()
+    )
+    told = told[:TEXTS]
+    image = F.normalize(clip.encode_image(to_pixels([scene.draw() for scene in told])), dim=-1)
+    text = F.normalize(clip.encode_text(tokenizer([f" {scene.caption('sentence')}" for scene in told])), dim=-1)
+    same = torch.arange(len(told))
+    scores = image @ text.T
+    return {
+        "caption_of_picture": (scores.argmax(1) == same).float().mean().item(),
+        "picture_of_caption": (scores.argmax(0) == same).float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def perplexity(lm, tokenizer, texts: list[str]) -> float:
+    """exp of the mean loss per token, each text read from its beginning."""
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text).input_ids[: tokenizer.model_max_length]])
+        loss = lm(input_ids=ids, labels=ids).loss.item()
+        total, count = total + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
+    return math.exp(total / count)

@@ -1,0 +1,239 @@
+"""Extending a live language model: every decoder layer learns to look at pictures before it does its own work.
+
+What this file teaches: how Flamingo gets into a Hugging Face model without changing a line of its source.
+
+    lm = AutoModelForCausalLM.from_pretrained("facebook/opt-125m", dtype=torch.float32)
+    extend_instance(lm, FlamingoLMMixin)          # the same object, of a new class with new abilities
+    lm.init_flamingo(...)                         # each decoder layer becomes FlamingoLayer(cross-attention, layer)
+
+    with lm.conditioned(latents, image_index):    # the pictures are laid beside the text, and taken away afterwards
+        lm(input_ids=...)
+
+Outside `conditioned` the model is the frozen language model it was, whatever has been trained. (The mixin and the
+names of its methods follow open_flamingo.)
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from flamingo.added_tokens import DecoupledEmbedding, DecoupledLinear
+from flamingo.cross_attention import GatedCrossAttentionBlock, Sight, sight_of_next_token, who_sees_what
+
+# Where the decoder layers are, by `config.model_type`. Others are found by structure.
+DECODER_LAYERS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gptj": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "llama": "model.layers",
+    "mistral": "model.layers",
+    "qwen2": "model.layers",
+    "falcon": "transformer.h",
+    "bloom": "transformer.h",
+    "mpt": "transformer.blocks",
+    "biogpt": "biogpt.layers",
+}
+
+
+def extend_instance(obj: nn.Module, mixin: type) -> None:
+    """Give a live object the abilities of `mixin`: its class becomes a new one, made of the mixin and its old class."""
+    base = type(obj)
+
+    @functools.wraps(base.forward)  # transformers reads forward's signature to learn what generate() may pass
+    def forward(self, *args, **kwargs):
+        return mixin.forward(self, *args, **kwargs)
+
+    body = {"forward": forward, "__module__": mixin.__module__, "__doc__": base.__doc__}
+    obj.__class__ = type(f"Flamingo{base.__name__}", (mixin, base), body)
+
+
+def find_decoder_layers(lm: nn.Module, attr_name: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The dotted name and the ModuleList of a causal language model's decoder layers.
+
+    By `attr_name` if given, by the table, or as the only ModuleList with as many entries as the config has layers.
+    Raises ValueError, naming the option `decoder_layers_attr_name`, when none or several fit.
+    """
+    lists = {name: module for name, module in lm.named_modules() if isinstance(module, nn.ModuleList)}
+    name = attr_name or DECODER_LAYERS.get(lm.config.model_type)
+    if name in lists:
+        return name, lists[name]
+    if attr_name:
+        raise ValueError(f"decoder_layers_attr_name={attr_name!r} is no ModuleList; this model has {', '.join(lists)}")
+    fitting = [name for name, module in lists.items() if len(module) == lm.config.num_hidden_layers]
+    if len(fitting) == 1:
+        return fitting[0], lists[fitting[0]]
+    raise ValueError(
+        f"cannot tell which of {', '.join(lists) or 'no ModuleList'} holds the decoder layers of "
+        f"{lm.config.model_type}: name it with decoder_layers_attr_name"
+    )
+
+
+def layers_with_cross_attention(count: int, every: int, placement: str = "near") -> list[int]:
+    """Which of `count` layers get a cross-attention before them.
+
+    near: the first of each group of `every` (flamingo-mini); far: the last of each group (open_flamingo).
+    """
+    if every < 1:
+        raise ValueError(f"xattn_every must be at least 1, not {every}")
+    if placement not in ("near", "far"):
+        raise ValueError(f"xattn_placement must be near or far, not {placement!r}")
+    offset = 0 if placement == "near" else 1
+    return [i for i in range(count) if (i + offset) % every == 0]
+
+
+class FlamingoLayer(nn.Module):
+    """A gated cross-attention, then the decoder layer that was there before.
+
+    It holds what it was conditioned on: the pictures (`vis_x`), who sees which (`sight`), and, while text is
+    generated, their keys and values. Without conditioning it is the decoder layer alone.
+    """
+
+    def __init__(self, gated_cross_attn_layer: GatedCrossAttentionBlock, decoder_layer: nn.Module):
+        super().__init__()
+        self.gated_cross_attn_layer = gated_cross_attn_layer
+        self.decoder_layer = decoder_layer
+        self.clear_conditioned()
+
+    def condition_vis_x(self, vis_x: Tensor | None) -> None:
+        """The bank of latents (N, n, d); None for a model that must do without pictures."""
+        self.vis_x, self.keys_values, self.is_conditioned = vis_x, None, True
+
+    def condition_media_locations(self, sight: Sight | None) -> None:
+        """Who sees what, derived from the places of the <image> tokens."""
+        self.sight = sight
+
+    def condition_use_cached_media(self, use_cached_media: bool) -> None:
+        """Keep the pictures' keys and values from one call to the next: for the steps of generating a text."""
+        self.use_cached_media = use_cached_media
+
+    def clear_conditioned(self) -> None:
+        self.vis_x = self.sight = self.keys_values = None
+        self.use_cached_media = self.is_conditioned = False
+
+    def _media_keys_values(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (N, h, n, c) of every picture of the bank, projected once."""
+        if self.vis_x is None:
+            return None
+        keys_values = self.keys_values or self.gated_cross_attn_layer.attn.project_media(self.vis_x)
+        if self.use_cached_media:
+            self.keys_values = keys_values
+        return keys_values
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        """hidden_states (B, T_txt, D); all else, and what comes back, is the decoder layer's own business."""
+        if self.is_conditioned:
+            hidden_states = self.gated_cross_attn_layer(hidden_states, self._media_keys_values(), self.sight)
+        return self.decoder_layer(hidden_states, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        """Some models ask their layers for attributes (attention_type): answer with the wrapped layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("decoder_layer"), name)
+
+
+class FlamingoLMMixin:
+    """What a causal language model can do once extended. Call `init_flamingo` first."""
+
+    def init_flamingo(
+        self,
+        *,
+        media_token_id: int,
+        added_token_ids: list[int],
+        dim_visual: int,
+        xattn_layers: list[int],
+        only_attend_immediate_media: bool = True,
+        decoder_layers_attr_name: str | None = None,
+        **xattn_options,
+    ) -> None:
+        """Freeze the model, wrap its layers, decouple the added tokens.
+
+        Args:
+            media_token_id: id of <image>.
+            added_token_ids: the consecutive ids of the added tokens, <image> among them.
+            dim_visual: d of the latents.
+            xattn_layers: which layers get a cross-attention (see `layers_with_cross_attention`).
+            only_attend_immediate_media: see `who_sees_what`.
+            decoder_layers_attr_name: where the layers are, if it cannot be found.
+            **xattn_options: dim_head, heads, ff_mult and act of `GatedCrossAttentionBlock`.
+        """
+        self.requires_grad_(False)
+        self.media_token_id = media_token_id
+        self.only_attend_immediate_media = only_attend_immediate_media
+        self._latents: Tensor | None = None
+        self._image_index: Tensor | None = None
+        self._images_read: Tensor | None = None
+
+        _, layers = find_decoder_layers(self, decoder_layers_attr_name)
+        dim = self.get_input_embeddings().embedding_dim if not hasattr(self.config, "hidden_size") else None
+        dim = dim or self.config.hidden_size
+        for i in xattn_layers:
+            block = GatedCrossAttentionBlock(dim=dim, dim_visual=dim_visual, **xattn_options)
+            layers[i] = FlamingoLayer(block, layers[i])
+
+        first, count = min(added_token_ids), len(added_token_ids)
+        self.set_input_embeddings(DecoupledEmbedding(self.get_input_embeddings(), first, count))
+        self.set_output_embeddings(DecoupledLinear(self.get_output_embeddings(), first, count))
+
+    def _get_decoder_layers(self) -> list[FlamingoLayer]:
+        """The layers that look at pictures, from the first to the last."""
+        return [module for module in self.modules() if isinstance(module, FlamingoLayer)]
+
+    @contextmanager
+    def conditioned(
+        self, latents: Tensor | None, image_index: Tensor | None, use_cached_media: bool = False
+    ) -> Iterator[None]:
+        """Lay pictures beside the texts of the calls inside, and take them away however that ends.
+
+        Args:
+            latents: the bank (N, n, d); None: the texts have <image> tokens but nothing to see (a blind control).
+            image_index: (B, T_img) pictures of each text as rows of the bank, -1 for an empty slot.
+            use_cached_media: keep keys and values between calls (generation).
+        """
+        try:
+            self._latents, self._image_index = latents, image_index
+            for layer in self._get_decoder_layers():
+                layer.condition_vis_x(latents)
+                layer.condition_use_cached_media(use_cached_media)
+            yield
+        finally:
+            self.clear_conditioned_layers()
+
+    def clear_conditioned_layers(self) -> None:
+        """Forget all pictures: the model is the plain language model again."""
+        self._latents = self._image_index = self._images_read = None
+        for layer in self._get_decoder_layers():
+            layer.clear_conditioned()
+
+    @contextmanager
+    def logits_only_at(self, keep: Tensor) -> Iterator[None]:
+        """Inside, the head runs at the positions `keep` (B, T_txt) only and logits are (K, vocabulary)."""
+        head = self.get_output_embeddings()
+        try:
+            head.keep = keep
+            yield
+        finally:
+            head.keep = None
+
+    def forward(self, *args, **kwargs):
+        """The language model's own forward, after each layer has been told what the tokens of this call see."""
+        if self._latents is not None:
+            input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            sight = self._sight(input_ids, kwargs.get("past_key_values"))
+            for layer in self._get_decoder_layers():
+                layer.condition_media_locations(sight)
+        return super().forward(*args, **kwargs)
+
+    def _sight(self, input_ids: Tensor, past_key_values) -> Sight:
+        """Who sees what in this call: a text from its beginning, or the next tokens of one that has been read."""
+        beams = input_ids.shape[0] // self._image_index.shape[0]  # beams and samples of a text stand side by side
+        image_index = self._image_index.repeat_interleave(beams, dim=0)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return sight_of_next_token(self._images_read, image_index, self.only_attend_immediate_media)
+        media_locations = input_ids == self.media_token_id
+        self._images_read = media_locations.sum(dim=1)
+        return who_sees_what(media_locations, image_index, self.only_attend_immediate_media)

@@ -1,0 +1,118 @@
+"""What a run tells: the progress bar, metrics.jsonl, the figures, samples as it goes, and the summary."""
+
+import dataclasses
+import json
+import random
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from flamingo import figures
+from flamingo.captioning import caption, encode_pictures
+from flamingo.checkpoint import write_atomically
+from flamingo.modeling import Flamingo
+from flamingo.options import TrainingOptions
+from flamingo.processor import FlamingoProcessor
+from flamingo.training import peak_memory_bytes
+
+SHOWN = 12  # pictures in samples.png
+
+
+class RunLog:
+    """Everything a run writes beside its weights.
+
+    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, and a line per validation,
+    {"step", "val_loss", "val_loss_blind", "attn": [...], "ff": [...]} with tanh(gate) of each layer.
+    """
+
+    def __init__(self, folder: Path, options: TrainingOptions, launched: float, skipped: list[str]):
+        self.folder, self.options, self.launched = folder, options, launched
+        self.losses: list[float] = []
+        self.validations: list[dict] = []
+        self.captions_seen = 0
+        self.first_step: float | None = None
+        self.began = time.time()
+        self.metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 (open as long as the run)
+        if skipped:
+            (folder / "skipped.txt").write_text("\n".join(skipped) + "\n")
+            print(f"{len(skipped)} pictures or captions were left out: see {folder}/skipped.txt")
+
+    def _write(self, entry: dict) -> None:
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.metrics.flush()
+
+    def step(self, step: int, loss: torch.Tensor, captions: int, optimizer, bar: tqdm) -> None:
+        """After each optimizer step. loss: mean over its target tokens, on the device."""
+        if self.first_step is None:
+            self.first_step = time.time() - self.launched
+        self.captions_seen += captions
+        self.losses.append(loss.item())
+        seconds = time.time() - self.began
+        lr = optimizer.param_groups[0]["lr"]
+        self._write({"step": step + 1, "loss": self.losses[-1], "lr": lr, "captions": captions, "seconds": seconds})
+        bar.set_postfix(loss=f"{self.losses[-1]:.3f}", captions_per_second=f"{self.captions_seen / seconds:.0f}")
+
+    def validation(self, step: int, losses: dict[str, float], gates: list[tuple[float, float]], bar: tqdm) -> None:
+        """After each validation."""
+        entry = {"step": step, **losses, "attn": [attn for attn, _ in gates], "ff": [ff for _, ff in gates]}
+        self.validations.append(entry)
+        self._write(entry)
+        opened = " ".join(f"{attn:+.2f}" for attn in entry["attn"])
+        bar.write(
+            f"step {step}: validation loss {entry['val_loss']:.3f} with the picture, "
+            f"{entry['val_loss_blind']:.3f} without; attention gates {opened}"
+        )
+        steps = range(1, len(self.losses) + 1)
+        write_atomically(
+            self.folder / "training.png",
+            lambda path: figures.training_figure(path, steps, self.losses, self.validations, self.validations),
+        )
+
+    def samples(
+        self,
+        model: Flamingo,
+        processor: FlamingoProcessor,
+        examples: Dataset,
+        autocast: AbstractContextManager,
+        bar: tqdm,
+    ) -> None:
+        """Caption a few validation pictures, say two, draw all."""
+        rng = random.Random(f"samples {self.options.seed} {len(self.validations)}")
+        chosen = [examples[i] for i in rng.sample(range(len(examples)), min(SHOWN, len(examples)))]
+        pictures = [example.pictures[0] for example in chosen]
+        told = [next(chunk for chunk in example.texts[0] if chunk.picture == 0) for example in chosen]
+        prompts, truths = [chunk.prompt for chunk in told], [chunk.caption for chunk in told]
+        model.eval()
+        with autocast:
+            latents = encode_pictures(model, processor, pictures)
+            given = caption(model, processor, latents, prompts)
+        model.train()
+        for said, truth in list(zip(given, truths, strict=True))[:2]:
+            bar.write(f"    says: {said!r}   true: {truth!r}")
+        write_atomically(
+            self.folder / "samples.png", lambda path: figures.samples_figure(path, pictures, given, truths, prompts)
+        )
+
+    def summary(self, device: torch.device, dtype: str) -> dict:
+        """What is left to say at the end."""
+        self.metrics.close()
+        seconds = time.time() - self.began
+        return {
+            "preset": self.options.preset,
+            "seconds": time.time() - self.launched,
+            "seconds_to_first_step": self.first_step,
+            "steps": len(self.losses),
+            "captions_seen": self.captions_seen,
+            "captions_per_second": self.captions_seen / seconds,
+            "final_val_loss": self.validations[-1]["val_loss"],
+            "final_val_loss_blind": self.validations[-1]["val_loss_blind"],
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "device": str(device),
+            "dtype": dtype,
+            "seed": self.options.seed,
+            "options": dataclasses.asdict(self.options),
+        }

@@ -1,0 +1,163 @@
+"""The parts of training that are worth a name of their own; the loop itself is in train.py, in the open."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flamingo.data.batches import Batch
+from flamingo.errors import InputError
+from flamingo.modeling import Flamingo
+from flamingo.options import TrainingOptions
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def bf16_pays(device: torch.device, dim: int) -> bool:
+    """Is bfloat16 autocast faster here? Always on GPUs that have it; on a CPU a short measurement decides.
+
+    Many CPUs have no bfloat16 unit and convert back and forth; on some only the backward pass is slow. So both ways of
+    one matrix product, forward and backward, are timed at the model's width.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    layer, x = nn.Linear(dim, 4 * dim), torch.randn(2048, dim, requires_grad=True)
+
+    def seconds(dtype: torch.dtype) -> float:
+        best = math.inf
+        for _ in range(4):
+            began = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                layer(x).sum().backward()
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    return seconds(torch.bfloat16) < 0.9 * seconds(torch.float32)
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """The arithmetic of forward passes; a fresh context for each use. Weights that train stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def make_optimizer(model: Flamingo, options: TrainingOptions) -> torch.optim.AdamW:
+    """AdamW over what trains and nothing else, in three groups.
+
+    Only matrices decay: pulling gates, norms, latents or embeddings towards 0 would mean something. The gates learn
+    much faster than the rest: tanh(0) = 0 lets through neither signal nor gradient, so until they open nothing else
+    in the block is told anything, and at the common rate they hardly open.
+    """
+    gates, matrices, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("_gate"):
+            gates.append(parameter)
+        elif parameter.ndim >= 2 and not any(part in name for part in ("additional", "latents", "_embs")):
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    groups = [
+        {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
+        {"params": rest, "lr": options.lr, "weight_decay": 0.0},
+        {"params": gates, "lr": options.gate_lr, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: TrainingOptions) -> None:
+    """Linear warmup, then half a cosine down to a hundredth."""
+    if step < options.warmup_steps:
+        factor = (step + 1) / options.warmup_steps
+    else:
+        done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+        factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+@torch.no_grad()
+def validate(model: Flamingo, batches: Sequence[Batch], device: torch.device, dtype: str) -> dict[str, float]:
+    """Loss per target token with the pictures and without them. A model that does not look has both the same."""
+    model.eval()
+    totals, targets = {"val_loss": 0.0, "val_loss_blind": 0.0}, 0
+    for batch in batches:
+        count, batch = batch.targets, batch.to(device)
+        targets += count
+        with autocast(device, dtype):
+            totals["val_loss"] += model(**batch.inputs()).loss.item() * count
+            totals["val_loss_blind"] += model(**batch.inputs(), blind=True).loss.item() * count
+    model.train()
+    return {name: total / max(1, targets) for name, total in totals.items()}
+
+
+def describe(model: Flamingo) -> str:
+    """What is trained and what is frozen, with counts: a table for the terminal."""
+    parts = {
+        "vision encoder": model.vision_encoder,
+        "resampler": model.perceiver,
+        "cross-attention": nn.ModuleList(x.gated_cross_attn_layer for x in model.lang_encoder._get_decoder_layers()),
+    }
+    counted = {id(p) for part in parts.values() for p in part.parameters()}
+    rows = [(name, _counts(part.parameters())) for name, part in parts.items()]
+    rows.append(("language model", _counts(p for p in model.lang_encoder.parameters() if id(p) not in counted)))
+    lines = [f"{'':18}{'trained':>14}{'frozen':>14}"]
+    lines += [f"{name:18}{trained:>14,}{frozen:>14,}" for name, (trained, frozen) in rows]
+    trained, frozen = _counts(model.parameters())
+    return "\n".join([*lines, f"{'together':18}{trained:>14,}{frozen:>14,}"])
+
+
+def _counts(parameters) -> tuple[int, int]:
+    parameters = list(parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return trained, sum(p.numel() for p in parameters) - trained
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, frozen)."""
+    return _counts(model.parameters())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of the GPU on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def new_run_folder(options: TrainingOptions) -> Path:
+    """Make the run folder. Raises InputError if the named one holds something already or cannot be made."""
+    folder = Path(options.out) if options.out else Path("runs") / options.preset
+    if not options.out:
+        number = 2
+        while folder.exists():
+            folder, number = Path("runs") / f"{options.preset}-{number}", number + 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    if occupied:
+        raise InputError(f"{folder} is not empty: choose another --out, or delete it")
+    return folder

@@ -1,0 +1,72 @@
+"""A Flamingo small enough to build in a blink: random weights, real classes."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from flamingo.modeling import Flamingo
+
+IMAGE, EOC, PAD = 51, 50, 1  # ids of the tiny vocabulary: 50 words, then <|endofchunk|> and <image>
+
+
+class TinyEncoder(nn.Module):
+    """(N, 3, 8, 8) → (N, 4, 12): four patches, one linear map."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 12, kernel_size=4, stride=4)
+        self.calls = 0  # pictures encoded so far
+
+    def forward(self, pixel_values):
+        self.calls += len(pixel_values)
+        return self.patch(pixel_values).flatten(2).transpose(1, 2)
+
+
+def tiny_lm(vocab_size: int = 50, layers: int = 2) -> OPTForCausalLM:
+    config = OPTConfig(
+        vocab_size=vocab_size, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=2, eos_token_id=2,
+        dropout=0.1,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
+
+
+def tiny_flamingo(*, open_gates: bool = True, seed: int = 0, vocab_size: int = 50, **options) -> Flamingo:
+    """open_gates: gates as after training, so that pictures matter; False as at the start."""
+    torch.manual_seed(seed)
+    shape = {
+        "xattn_dim_head": 8, "xattn_heads": 4, "resampler_depth": 2, "resampler_dim_head": 8, "resampler_heads": 2,
+        "resampler_num_latents": 3, "resampler_num_time_embeds": 2,
+    } | options  # fmt: skip
+    model = Flamingo(
+        TinyEncoder(), tiny_lm(vocab_size), media_token_id=IMAGE, eoc_token_id=EOC, pad_token_id=PAD, dim_visual=12,
+        **shape,
+    )  # fmt: skip
+    if open_gates:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("_gate"):
+                    parameter.fill_(0.8)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> Flamingo:
+    return tiny_flamingo()
+
+
+@pytest.fixture
+def texts() -> torch.Tensor:
+    """(2, 9) token ids: text before the first picture, two pictures, captions closed by EOC."""
+    return torch.tensor([[2, 7, IMAGE, 11, 12, EOC, IMAGE, 13, EOC], [2, IMAGE, 21, 22, EOC, 9, IMAGE, 23, EOC]])
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    """(2, 2, 1, 3, 8, 8): two texts, two pictures each, one frame."""
+    return torch.randn(2, 2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(5))

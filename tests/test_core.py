@@ -1,0 +1,355 @@
+"""What a user of the core relies on: identity at the start, who sees what, frozen is frozen, decode equals forward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EOC, IMAGE, PAD, tiny_flamingo, tiny_lm
+
+from flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, who_sees_what
+from flamingo.language_model import find_decoder_layers, layers_with_cross_attention
+from flamingo.resampler import PerceiverResampler
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- who sees what
+def truth_table(ids, index, only_immediate=True):
+    ids = torch.tensor([ids])
+    sight = who_sees_what(ids == IMAGE, torch.tensor([index]), only_immediate)
+    mask = sight.mask if sight.mask is not None else sight.sees_image
+    return mask[0].int().tolist(), sight.sees_image[0, :, 0].int().tolist()
+
+
+def test_a_token_sees_the_last_picture_before_it():
+    seen, any_ = truth_table([2, IMAGE, 5, IMAGE, 6], [0, 1])
+    assert seen == [[0, 0], [1, 0], [1, 0], [0, 1], [0, 1]]
+    assert any_ == [0, 1, 1, 1, 1]
+
+
+def test_all_earlier_pictures_are_seen_when_asked_for():
+    seen, any_ = truth_table([2, IMAGE, 5, IMAGE, 6], [0, 1], only_immediate=False)
+    assert seen == [[0, 0], [1, 0], [1, 0], [1, 1], [1, 1]]
+    assert any_ == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("only_immediate", [True, False])
+def test_empty_slots_are_never_seen(only_immediate):
+    seen, _ = truth_table([IMAGE, 5, 6], [4, -1], only_immediate)
+    assert [row[1] for row in seen] == [0, 0, 0]
+
+
+def test_more_image_tokens_than_pictures_is_an_error():
+    with pytest.raises(ValueError, match=r"text 0 has 2 <image> tokens but 1 pictures"):
+        truth_table([IMAGE, 5, IMAGE], [0, -1])
+
+
+@pytest.mark.parametrize("only_immediate", [True, False])
+def test_text_before_the_first_picture_gets_exactly_zero(only_immediate):
+    attention = MaskedCrossAttention(dim=8, dim_visual=6, dim_head=4, heads=2)
+    media_locations = torch.tensor([[False, False, True, False, True]])
+    sight = who_sees_what(media_locations, torch.tensor([[0, 1]]), only_immediate)
+    out = attention(torch.randn(1, 5, 8), attention.project_media(torch.randn(2, 3, 6)), sight)
+    assert (out[0, :2] == 0).all()
+    assert (out[0, 2:] != 0).any(dim=-1).all()
+
+
+def test_cross_attention_is_softmax_over_the_latents_of_the_one_picture():
+    attention = MaskedCrossAttention(dim=8, dim_visual=6, dim_head=8, heads=1)
+    x, media = torch.randn(1, 4, 8), torch.randn(2, 3, 6)
+    sight = who_sees_what(torch.tensor([[True, False, True, False]]), torch.tensor([[0, 1]]))
+    out = attention(x, attention.project_media(media), sight)
+    q = attention.to_q(attention.norm(x))[0]
+    for token, picture in enumerate([0, 0, 1, 1]):
+        k, v = attention.to_kv(media[picture]).chunk(2, dim=-1)
+        by_hand = (q[token] @ k.T / 8**0.5).softmax(-1) @ v
+        close(out[0, token], attention.to_out(by_hand))
+
+
+# --------------------------------------------------------------------------------------------------- identity
+@pytest.mark.parametrize("vocab_size", [50, 60])  # the added tokens behind the table, or inside it as in OPT
+def test_before_training_the_model_is_the_language_model_bit_for_bit(texts, pictures, vocab_size):
+    model = tiny_flamingo(open_gates=False, vocab_size=vocab_size)
+    torch.manual_seed(0)
+    from conftest import TinyEncoder
+
+    TinyEncoder()  # draws the same random numbers as tiny_flamingo did
+    plain = tiny_lm(vocab_size)
+    words = torch.where(texts >= 50, 3, texts)  # the plain model knows no added tokens
+    old = [i for i in range(vocab_size) if i not in (IMAGE, EOC)]
+    with model.fuse(*model.prepare_images(pixel_values=pictures), generating=False):
+        ours = model.lang_encoder(input_ids=words).logits
+    assert torch.equal(ours[..., old], plain(input_ids=words).logits[..., old])
+    looked = model(texts, pixel_values=pictures).logits
+    assert torch.equal(looked, model(texts, blind=True).logits)
+
+
+def test_a_gate_block_changes_nothing_at_first():
+    block = GatedCrossAttentionBlock(dim=8, dim_visual=6, dim_head=4, heads=2)
+    x = torch.randn(2, 3, 8)
+    sight = who_sees_what(torch.tensor([[True, False, False]] * 2), torch.tensor([[0], [0]]))
+    assert torch.equal(block(x, block.attn.project_media(torch.randn(1, 3, 6)), sight), x)
+
+
+# --------------------------------------------------------------------------------- pictures and their captions
+def test_pictures_matter_once_gates_are_open(model, texts, pictures):
+    assert not torch.allclose(model(texts, pixel_values=pictures).logits, model(texts, pixel_values=-pictures).logits)
+
+
+def test_the_second_picture_never_changes_the_first_caption(model, texts, pictures):
+    other = pictures.clone()
+    other[:, 1] += 1
+    a, b = model(texts, pixel_values=pictures).logits, model(texts, pixel_values=other).logits
+    assert torch.equal(a[0, :6], b[0, :6])
+    assert not torch.allclose(a[0, 6:], b[0, 6:])
+
+
+def test_five_captions_through_the_bank_equal_five_single_ones(model, pictures):
+    picture = pictures[0, 0]  # (F, C, H, W)
+    ids = torch.tensor([[2, IMAGE, 10 + k, 11, 12 + k, EOC] for k in range(5)])
+    model.vision_encoder.calls = 0
+    together = model(ids, pixel_values=picture[None], image_index=torch.zeros(5, 1, dtype=torch.long)).logits
+    assert model.vision_encoder.calls == 1
+    for k in range(5):
+        close(together[k], model(ids[k : k + 1], pixel_values=picture[None, None]).logits[0])
+
+
+def test_features_and_latents_are_as_good_as_pixels(model, texts, pictures):
+    index = torch.arange(4).view(2, 2)
+    features = model.encode_images(pictures.flatten(0, 1))
+    expected = model(texts, pixel_values=pictures).logits
+    close(model(texts, features=features, image_index=index).logits, expected)
+    close(model(texts, latents=model.tokenize_images(features), image_index=index).logits, expected)
+
+
+def test_batched_equals_one_by_one(model, texts, pictures):
+    together = model(texts, pixel_values=pictures).logits
+    for k in range(2):
+        close(together[k], model(texts[k : k + 1], pixel_values=pictures[k : k + 1]).logits[0])
+
+
+def test_wrong_shapes_and_indices_are_named(model, texts, pictures):
+    with pytest.raises(ValueError, match="exactly one"):
+        model(texts)
+    with pytest.raises(ValueError, match=r"pixel_values must be \(B, T_img, F, C, H, W\)"):
+        model(texts, pixel_values=pictures[0])
+    with pytest.raises(ValueError, match="picture 7 of a bank of 4"):
+        model(texts, pixel_values=pictures.flatten(0, 1), image_index=torch.tensor([[0, 1], [2, 7]]))
+
+
+def test_conditioning_never_outlives_a_call(model, texts, pictures):
+    plain = model.lang_encoder(input_ids=texts).logits
+    model(texts, pixel_values=pictures)
+    assert torch.equal(model.lang_encoder(input_ids=texts).logits, plain)
+    with pytest.raises(ValueError):
+        model(torch.full((2, 5), IMAGE), pixel_values=pictures)  # too many <image>
+    assert torch.equal(model.lang_encoder(input_ids=texts).logits, plain)
+    assert all(layer.vis_x is None for layer in model.lang_encoder._get_decoder_layers())
+
+
+# ------------------------------------------------------------------------------------------------------ decode
+def greedy_by_full_forward(model, ids, steps, **pictures):
+    for _ in range(steps):
+        logits = model(ids, **pictures).logits[:, -1].clone()
+        logits[:, [IMAGE, PAD]] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("only_immediate", [True, False])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_decode_equals_full_forward(texts, pictures, only_immediate, use_cache):
+    model = tiny_flamingo(only_attend_immediate_media=only_immediate)
+    prompt = texts[:, :8]
+    expected = greedy_by_full_forward(model, prompt, 6, pixel_values=pictures)
+    options = {"max_new_tokens": 6, "eos_token_id": None, "use_cache": use_cache}
+    assert torch.equal(model.generate(prompt, pixel_values=pictures, **options), expected)
+
+
+def test_left_padding_changes_nothing(model, pictures):
+    short, long = [2, IMAGE, 11], [2, 7, 8, IMAGE, 12, 13]
+    padded = torch.tensor([[PAD] * 3 + short, long])
+    mask = (padded != PAD).long()
+    options = {"max_new_tokens": 5, "eos_token_id": None}
+    index = torch.tensor([[0], [1]])
+    both = model.generate(padded, mask, pixel_values=pictures[0], image_index=index, **options)
+    for k, row in enumerate((short, long)):
+        alone = model.generate(torch.tensor([row]), pixel_values=pictures[0, k][None, None], **options)
+        assert both[k, -5:].tolist() == alone[0, -5:].tolist()
+
+
+def test_beams_share_one_encoded_picture_and_one_beam_is_greedy(model, pictures):
+    prompt = torch.tensor([[2, IMAGE, 11]])
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pixel_values": pictures[:1, :1]}
+    model.vision_encoder.calls = 0
+    model.generate(prompt, num_beams=4, **options)
+    assert model.vision_encoder.calls == 1
+    assert torch.equal(model.generate(prompt, num_beams=1, **options), model.generate(prompt, **options))
+
+
+def test_beam_search_finds_what_exhaustive_scoring_ranks_at_least_as_high(model, pictures):
+    prompt = torch.tensor([[2, IMAGE, 11]])
+    options = {"max_new_tokens": 4, "eos_token_id": None, "pixel_values": pictures[:1, :1]}
+
+    def log_probability(ids):
+        logits = model(ids, pixel_values=pictures[:1, :1]).logits.log_softmax(-1)
+        return sum(logits[0, t - 1, ids[0, t]].item() for t in range(3, ids.shape[1]))
+
+    greedy = log_probability(model.generate(prompt, **options))
+    assert log_probability(model.generate(prompt, num_beams=8, **options)) >= greedy - 1e-4
+
+
+def test_image_and_padding_are_never_generated(model, pictures):
+    with torch.no_grad():  # make <image> by far the likeliest word
+        model.lang_encoder.lm_head.additional_fc.weight.mul_(0).add_(100 * torch.ones(2, 32))
+    out = model.generate(torch.tensor([[2, IMAGE]]), pixel_values=pictures[:1, :1], max_new_tokens=8, eos_token_id=None)
+    assert not set(out[0, 2:].tolist()) & {IMAGE, PAD}
+
+
+# ---------------------------------------------------------------------------------------------------- training
+def one_training_run(model, texts, pictures, steps=3):
+    from flamingo.options import TrainingOptions
+    from flamingo.training import make_optimizer
+
+    options = TrainingOptions(weight_decay=0.5)
+    optimizer = make_optimizer(model.train(), options)
+    labels = texts.masked_fill(texts == IMAGE, -100)
+    for _ in range(steps):
+        loss = model(texts, labels=labels, pixel_values=pictures).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("vocab_size", [50, 60])
+def test_training_moves_what_trains_and_nothing_else(texts, pictures, vocab_size):
+    model = tiny_flamingo(open_gates=False, vocab_size=vocab_size)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = one_training_run(model, texts, pictures)
+    trained = set(model.trainable_state_dict())
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved <= trained
+    assert {name for name in trained if "perceiver" not in name or "frame_embs" not in name} - moved == set()
+    assert any("additional_embedding" in name for name in trained)
+    assert model.lang_encoder.get_input_embeddings().weight.grad is None
+    in_optimizer = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert in_optimizer == sum(value.numel() for value in model.trainable_state_dict().values())
+
+
+def test_only_matrices_decay_and_gates_have_their_own_rate(model):
+    from flamingo.options import TrainingOptions
+    from flamingo.training import make_optimizer
+
+    options = TrainingOptions(lr=1e-3, gate_lr=0.03, weight_decay=0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in make_optimizer(model, options).param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            is_gate = name.endswith("_gate")
+            assert group["lr"] == (0.03 if is_gate else 1e-3)
+            kept = is_gate or parameter.ndim < 2 or any(x in name for x in ("latents", "additional", "frame_embs"))
+            assert group["weight_decay"] == (0.0 if kept else 0.1), name
+
+
+def test_loss_is_that_of_the_labelled_tokens_only(model, texts, pictures):
+    labels = torch.full_like(texts, -100)
+    labels[0, 3], labels[1, 8] = texts[0, 3], texts[1, 8]
+    out = model(texts, labels=labels, pixel_values=pictures)
+    full = model(texts, pixel_values=pictures).logits
+    by_hand = F.cross_entropy(torch.stack([full[0, 2], full[1, 7]]), torch.stack([texts[0, 3], texts[1, 8]]))
+    close(out.loss, by_hand)
+    assert out.logits.shape == (2, 52)
+
+
+def test_a_batch_without_targets_has_zero_loss_and_zero_gradient(model, texts, pictures):
+    loss = model(texts, labels=torch.full_like(texts, -100), pixel_values=pictures).loss
+    assert loss.item() == 0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_frozen_parts_stay_in_eval_mode(model):
+    model.train()
+    assert not any(module.training for module in (*model.vision_encoder.modules(), *model.lang_encoder.modules()))
+    assert model.perceiver.training
+
+
+# --------------------------------------------------------------------------------------------------- resampler
+@pytest.mark.parametrize("act", ["gelu", "relu", "sqrelu"])
+def test_resampler_gives_n_latents_whatever_comes_in(act):
+    resampler = PerceiverResampler(dim=12, depth=2, dim_head=4, heads=2, num_latents=5, act=act)
+    for frames, patches in ((1, 4), (3, 7)):
+        assert resampler(torch.randn(2, frames, patches, 12)).shape == (2, 5, 12)
+    with pytest.raises(ValueError, match="unknown activation"):
+        PerceiverResampler(dim=12, act="swish")
+
+
+def test_frames_are_told_apart_by_time_embeddings_only():
+    torch.manual_seed(0)
+    video = torch.randn(1, 2, 4, 12)
+    backwards = video.flip(1)
+    without = PerceiverResampler(dim=12, depth=1, dim_head=4, heads=2, num_latents=3)
+    close(without(video), without(backwards))
+    with_time = PerceiverResampler(dim=12, depth=1, dim_head=4, heads=2, num_latents=3, max_num_frames=2)
+    assert not torch.allclose(with_time(video), with_time(backwards))
+    with pytest.raises(ValueError, match="3 frames"):
+        with_time(torch.randn(1, 3, 4, 12))
+
+
+def test_media_time_embeddings_follow_the_place_in_the_text(texts, pictures):
+    model = tiny_flamingo(resampler_max_num_media=2)
+    same = pictures[:, :1].expand(-1, 2, -1, -1, -1, -1)
+    index = torch.tensor([[0, 1], [2, 3]])
+    latents = model.tokenize_images(model.encode_images(same.flatten(0, 1)), index)
+    assert not torch.allclose(latents[0], latents[1])  # one picture in two places
+    with pytest.raises(ValueError, match="same place in every text"):
+        model(texts, pixel_values=pictures.flatten(0, 1), image_index=torch.tensor([[0, 1], [1, 0]]))
+    three = torch.tensor([[2, IMAGE, 5, IMAGE, 6, IMAGE, 7]])
+    with pytest.raises(ValueError, match="max_num_media is 2"):
+        model(three, pixel_values=torch.randn(1, 3, 1, 3, 8, 8))
+
+
+# ---------------------------------------------------------------------------------------------------- the mixin
+def test_layers_and_class_of_an_extended_model(model):
+    lm = model.lang_encoder
+    assert [cls.__name__ for cls in type(lm).__mro__[:3]] == [
+        "FlamingoOPTForCausalLM",
+        "FlamingoLMMixin",
+        "OPTForCausalLM",
+    ]
+    assert type(lm).__module__ == "flamingo.language_model"
+    assert len(lm._get_decoder_layers()) == 2
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert "lang_encoder.model.decoder.layers.0.gated_cross_attn_layer.attn.to_kv.weight" in names
+    assert "lang_encoder.model.decoder.layers.0.decoder_layer.fc1.weight" in names
+    assert "perceiver.layers.0.0.to_kv.weight" in names
+    import inspect
+
+    assert "attention_mask" in inspect.signature(lm.forward).parameters
+
+
+def test_which_layers_get_cross_attention():
+    assert layers_with_cross_attention(6, 1) == [0, 1, 2, 3, 4, 5]
+    assert layers_with_cross_attention(6, 3, "near") == [0, 3]
+    assert layers_with_cross_attention(6, 3, "far") == [2, 5]
+    with pytest.raises(ValueError):
+        layers_with_cross_attention(6, 0)
+    assert len(tiny_flamingo(xattn_every=2).lang_encoder._get_decoder_layers()) == 1
+
+
+def test_decoder_layers_are_found_by_table_structure_or_name():
+    lm = tiny_lm()
+    assert find_decoder_layers(lm)[0] == "model.decoder.layers"
+    lm.config.model_type = "never-heard-of"
+    assert find_decoder_layers(lm)[0] == "model.decoder.layers"
+    lm.other = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    with pytest.raises(ValueError, match="decoder_layers_attr_name"):
+        find_decoder_layers(lm)
+    assert find_decoder_layers(lm, "model.decoder.layers")[0] == "model.decoder.layers"
+
+
+def test_added_tokens_of_another_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="another language model"):
+        tiny_flamingo(vocab_size=40)

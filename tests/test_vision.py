@@ -1,0 +1,102 @@
+"""Features are patch tokens, from every kind of tower; a wrong or missing weight file is an error, never a guess."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from flamingo.errors import InputError
+from flamingo.vision import fingerprint, load_vision_encoder
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 24, "layers": 2, "head_width": 12},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def save_open_clip(folder, config):
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**config)
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return clip
+
+
+def test_a_built_in_tower_gives_its_normed_patch_tokens(tmp_path):
+    clip = save_open_clip(tmp_path / "clip", TINY)
+    encoder = load_vision_encoder(f"local-dir:{tmp_path / 'clip'}")
+    assert (encoder.dim, encoder.image_size) == (24, (32, 32))
+    pixels = torch.randn(3, 3, 32, 32)
+    features = encoder(pixels)
+    assert features.shape == (3, 4, 24)
+    clip.visual.output_tokens = True
+    torch.testing.assert_close(features, clip.visual.eval()(pixels)[1])
+    before_norm = load_vision_encoder(f"local-dir:{tmp_path / 'clip'}", norm=False)(pixels)
+    torch.testing.assert_close(clip.visual.ln_post(before_norm), features)
+
+
+def test_a_timm_tower_gives_tokens_for_every_picture(tmp_path):
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "avg",
+              "image_size": 224}  # fmt: skip
+    save_open_clip(tmp_path / "clip", TINY | {"vision_cfg": vision})
+    encoder = load_vision_encoder(f"local-dir:{tmp_path / 'clip'}")
+    assert encoder.dim == 192
+    assert encoder(torch.randn(2, 3, 224, 224)).shape == (2, 196, 192)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_hugging_face_clip(tmp_path, norm):
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    tower = CLIPVisionModel(config).eval()
+    tower.save_pretrained(tmp_path)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(tmp_path)
+    encoder = load_vision_encoder(str(tmp_path), norm=norm)
+    pixels = torch.randn(2, 3, 32, 32)
+    tokens = tower(pixels).last_hidden_state[:, 1:]
+    post_layernorm = getattr(tower, "vision_model", tower).post_layernorm
+    torch.testing.assert_close(encoder(pixels), post_layernorm(tokens) if norm else tokens)
+    from PIL import Image
+
+    assert encoder.preprocess(Image.new("L", (50, 40))).shape == (3, 32, 32)
+
+
+def test_quickgelu_mismatch_is_an_error_before_anything_is_downloaded():
+    with pytest.raises(InputError, match="ask for ViT-B-32-quickgelu:openai"):
+        load_vision_encoder("ViT-B-32:openai")
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("ViT-L-14:nonsense", "has no weights 'nonsense'"),
+    ("ViT-Q-99:openai", "no model named 'ViT-Q-99'"),
+    ("local-dir:does/not/exist", "no open_clip_config.json"),
+    ("clip", "cannot tell what vision encoder"),
+    ("nobody/no-clip", "cannot load the vision encoder nobody/no-clip"),
+])  # fmt: skip
+def test_unknown_encoders_are_named(name, reason):
+    with pytest.raises(InputError, match=reason):
+        load_vision_encoder(name)
+
+
+def test_missing_weights_never_become_a_random_encoder(tmp_path):
+    save_open_clip(tmp_path / "clip", TINY)
+    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot load the vision encoder"):
+        load_vision_encoder(f"local-dir:{tmp_path / 'clip'}")
+
+
+def test_fingerprints_tell_weights_apart(tmp_path):
+    a = torch.nn.Linear(30, 30)
+    mark = fingerprint(a)
+    assert mark == fingerprint(a)
+    with torch.no_grad():
+        a.weight.add_(1e-3)
+    assert fingerprint(a) != mark

@@ -1,0 +1,95 @@
+"""Train a Flamingo.
+
+    python train.py                                       the classroom: offline, minutes on a laptop
+    python train.py --data my_pictures                    a folder of captioned pictures (see flamingo/data/captions.py)
+    python train.py --preset opt-125m                     the real recipe: one GPU and a hub connection
+
+What this file teaches: parse → build → a plain loop. Everything that trains a Flamingo is in `main`, top to bottom.
+"""
+
+import time
+
+LAUNCHED = time.time()
+
+import sys  # noqa: E402
+
+from flamingo.errors import run_command  # noqa: E402
+from flamingo.options import TrainingOptions, model_settings, parse_training_options  # noqa: E402
+
+
+def main(options: TrainingOptions) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from flamingo import training
+    from flamingo.build import build_flamingo
+    from flamingo.checkpoint import save_model, write_json
+    from flamingo.config import FlamingoConfig
+    from flamingo.data.batches import Collate, batches
+    from flamingo.data.sources import training_sets
+    from flamingo.run_log import RunLog
+
+    # ------------------------------------------------------------------------------------------------ build
+    torch.manual_seed(options.seed)
+    device = training.pick_device(options.device)
+    config = FlamingoConfig(**model_settings(options))
+    model, processor = build_flamingo(config)
+    model.to(device).train()
+    print(training.describe(model))
+    train_set, validation_set = training_sets(options)
+    folder = training.new_run_folder(options)
+    log = RunLog(folder, options, LAUNCHED, train_set.skipped + validation_set.skipped)
+
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if training.bf16_pays(device, config.dim) else "float32"
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    print(f"training {len(train_set)} examples on {device} in {dtype}; run folder {folder}")
+
+    collate = Collate(processor, options.max_tokens)
+    prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": device.type == "cuda"}
+    stream = iter(batches(train_set, collate, steps=options.steps * options.accumulate, seed=options.seed, **prepare))
+    held_out = list(batches(validation_set, collate, steps=options.eval_batches, seed=0, **prepare))
+    optimizer = training.make_optimizer(model, options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    # ------------------------------------------------------------------------------------------------- loop
+    bar = tqdm(range(options.steps), desc="train", unit="step")
+    for step in bar:
+        training.set_learning_rate(optimizer, step, options)
+        group = [next(stream) for _ in range(options.accumulate)]
+        targets = max(1, sum(batch.targets for batch in group))
+        loss = torch.zeros((), device=device)
+        for batch in group:
+            share = batch.targets / targets  # so that every token counts the same, whichever batch it came in
+            with training.autocast(device, dtype):
+                part = model(**batch.to(device).inputs()).loss * share
+            part.backward()
+            loss += part.detach()
+        torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        log.step(step, loss, sum(len(batch.input_ids) for batch in group), optimizer, bar)
+        if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
+            log.validation(step + 1, training.validate(model, held_out, device, dtype), model.gates(), bar)
+            log.samples(model, processor, validation_set, training.autocast(device, dtype), bar)
+
+    # ------------------------------------------------------------------------------------------------- save
+    save_model(folder, model, processor, config)
+    counts = dict(zip(("trainable_parameters", "frozen_parameters"), training.count_parameters(model), strict=True))
+    summary = log.summary(device, dtype) | counts
+    write_json(folder / "summary.json", summary)  # last: a run folder with a summary is a whole one
+    print(
+        f"done in {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
+        f"{summary['final_val_loss_blind']:.3f} without\n"
+        f"look at {folder}/samples.png, then: python evaluate.py {folder}"
+    )
+    if device.type == "cuda" and options.preset == "classroom":
+        free = torch.cuda.get_device_properties(device).total_memory / 2**30
+        print(f"this GPU has {free:.0f} GiB: `python train.py --preset opt-125m` would fit it (needs about 8)")
+
+
+if __name__ == "__main__":
+    run_command("train.py", lambda: main(parse_training_options(sys.argv[1:])))
