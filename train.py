@@ -32,13 +32,14 @@ def main(options: TrainingOptions) -> None:
     # ------------------------------------------------------------------------------------------------ build
     torch.manual_seed(options.seed)
     device = training.pick_device(options.device)
+    training.keep_freed_memory()
     config = FlamingoConfig(**model_settings(options))
     model, processor = build_flamingo(config)
     model.to(device).train()
     print(training.describe(model))
     train_set, validation_set = training_sets(options)
     folder = training.new_run_folder(options)
-    log = RunLog(folder, options, LAUNCHED, train_set.skipped + validation_set.skipped)
+    log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped])
 
     dtype = options.dtype
     if dtype == "auto":

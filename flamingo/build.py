@@ -15,7 +15,9 @@ def load_language_model(name: str):
     Raises InputError when either cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar for a file that loads in a second only hides what matters
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         # The library's default dtype is that of the file: OPT would come as float16.

@@ -66,7 +66,7 @@ PRESETS = {
             "resampler_dim_head": 32, "resampler_num_latents": 16, "resampler_ff_mult": 2,
             "resampler_num_time_embeds": 0,
         },
-        "training": {"steps": 300, "batch_size": 48},
+        "training": {"steps": 600, "batch_size": 32, "lr": 3e-3, "eval_every": 100},
     },
     "opt-125m": {
         "model": {"lm": "facebook/opt-125m", "clip_model_type": "ViT-L-14-quickgelu:openai"},

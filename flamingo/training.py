@@ -1,5 +1,7 @@
 """The parts of training that are worth a name of their own; the loop itself is in train.py, in the open."""
 
+import contextlib
+import ctypes
 import math
 import resource
 import sys
@@ -27,6 +29,15 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def keep_freed_memory() -> None:
+    """On Linux, let the C library keep freed memory instead of handing each large tensor back to the kernel, which
+    must then clear the pages of the next one: about a tenth of a training step on a CPU. Elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 256 << 20)):
+            libc.mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>
 
 
 def bf16_pays(device: torch.device, dim: int) -> bool:

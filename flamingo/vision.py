@@ -142,13 +142,12 @@ def _load_open_clip(name: str, norm: bool) -> VisionEncoder:
 
 @contextlib.contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """It logs to the root logger, and what goes wrong is said by our own sentence."""
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def _load_hugging_face_clip(name: str, norm: bool) -> VisionEncoder:

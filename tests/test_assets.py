@@ -6,7 +6,7 @@ from PIL import Image
 from flamingo.build import load_language_model
 from flamingo.data import scenes
 from flamingo.data.backbones import document, patch_names, to_pixels
-from flamingo.data.probes import perplexity, probe_left_half, probe_patches
+from flamingo.data.probes import probe_left_half, probe_patches
 from flamingo.options import asset
 from flamingo.vision import load_vision_encoder
 
@@ -35,34 +35,54 @@ def test_the_encoder_prepares_a_scene_as_it_was_trained():
 
 def test_patch_tokens_know_what_they_show_and_where():
     names = {name: i for i, name in enumerate([*scenes.OBJECTS, *scenes.GROUNDS])}
-    assert probe_patches(AsClip(), to_pixels, patch_names, names, pictures=900) > 0.95
+    assert probe_patches(AsClip(), to_pixels, patch_names, names, pictures=2000) > 0.95
     assert probe_left_half(AsClip(), to_pixels, names, pictures=1500) > 0.95
+
+
+def style_of(caption: str) -> str:
+    first = caption.split()[0]
+    if first.rstrip(":") in scenes.GROUNDS:
+        return "list"
+    if caption.endswith("stop"):
+        return "telegram"
+    return {"what?": "quiz", "once": "story"}.get(first, "sentence")
 
 
 def test_the_language_model_follows_the_style_of_its_context():
     lm, tokenizer = load_language_model(str(FOLDER / "opt"))
-    right = 0
+    followed = 0
     for style in scenes.STYLES:
-        told = [scenes.make_scene(5, "test", i) for i in range(6)]
-        context = "\n".join(f" {scene.caption(style)}" for scene in told[:-1]) + "\n"
-        losses = {s: perplexity(lm, tokenizer, [f"{context} {told[-1].caption(s)}"]) for s in scenes.STYLES}
-        right += min(losses, key=losses.get) == style
-    assert right == len(scenes.STYLES)
+        for seed in range(4):
+            told = [scenes.make_scene(seed, "test", i) for i in range(4)]
+            context = "".join(f" {scene.caption(style)}\n" for scene in told)
+            ids = tokenizer(context, return_tensors="pt").input_ids
+            longer = lm.generate(ids, max_new_tokens=26, do_sample=False)[0, ids.shape[1] :]
+            followed += style_of(tokenizer.decode(longer).strip().split("\n")[0]) == style
+    assert followed >= 0.9 * 4 * len(scenes.STYLES)
 
 
 def test_the_language_model_can_be_sure_of_a_name():
-    """Told a scene, it answers a question about it: so its word vectors are far enough apart to name things."""
+    """There is a hidden state for each object that names it with confidence: its word vectors are far enough apart."""
     lm, tokenizer = load_language_model(str(FOLDER / "opt"))
-    probabilities = []
-    for i in range(40):
-        scene = scenes.make_scene(5, "test", i)
-        if scene.layout != "one":
-            continue
-        story = f" As a list: {scene.caption('list')}\n As a telegram:"
-        ids = tokenizer(story, return_tensors="pt").input_ids
-        answer = tokenizer(f" {scene.names[0]}", add_special_tokens=False).input_ids[0]
-        probabilities.append(lm(ids).logits[0, -1].softmax(-1)[answer].item())
-    assert sum(probabilities) / len(probabilities) > 0.5
+    ids = torch.tensor([tokenizer(f" {name}", add_special_tokens=False).input_ids[0] for name in scenes.OBJECTS])
+    assert len(set(ids.tolist())) == len(ids)
+    hidden = torch.zeros(len(ids), lm.config.hidden_size, requires_grad=True)
+    optimizer = torch.optim.Adam([hidden], lr=0.05)
+    for _ in range(60):
+        logits = lm.lm_head(lm.model.decoder.final_layer_norm(hidden))
+        loss = torch.nn.functional.cross_entropy(logits, ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_the_encoder_is_frozen_whatever_the_model_around_it_does():
+    encoder = load_vision_encoder(f"local-dir:{FOLDER / 'clip'}")
+    encoder.train()
+    assert not encoder.training and not encoder.tower.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert encoder(torch.zeros(1, 3, 96, 96)).shape == (1, 36, 192)
 
 
 def test_documents_are_reproducible():

@@ -26,7 +26,7 @@ def test_a_scene_is_a_function_of_seed_split_and_index():
     assert [scenes.make_scene(0, "test", i).caption("list") for i in range(3)] == GOLDEN
 
 
-GOLDEN = ["pink: toothbrush, bone, unicorn", "gray: unicorn", "gray: deer, snake"]
+GOLDEN = ["yellow: toothbrush, bone, unicorn", "white: unicorn", "purple: deer, snake"]
 
 
 def test_the_set_is_as_large_as_promised():
@@ -162,6 +162,15 @@ def test_batches_are_of_similar_length_and_every_epoch_shows_everything_once():
     assert steps[:40] != list(StepSampler(lengths.__getitem__, 640, 16, 40, seed=2))
 
 
+def test_first_lessons_come_first_once():
+    steps = list(StepSampler(lambda i: 0, 64, batch_size=8, steps=16, seed=0, first_lessons=16))
+    assert sorted(i for batch in steps[:2] for i in batch) == list(range(16))
+    assert sorted(i for batch in steps[2:8] for i in batch) == list(range(16, 64))
+    assert sorted(i for batch in steps[8:10] for i in batch) != list(range(16))
+    lessons = ClassroomScenes("train", first_lessons=50)
+    assert all(text[0].prompt.startswith(("As a list", "Question")) for i in range(50) for text in lessons[i].texts)
+
+
 # ------------------------------------------------------------------------------------------------------ loader
 def photograph(path, seed=0, size=(64, 48), mode="RGB"):
     """A picture with the smooth noise of a photograph."""
@@ -186,7 +195,7 @@ def folder(tmp_path):
 
 def test_a_folder_of_captioned_pictures(folder):
     splits = load_captions(str(folder))
-    assert {name: len(split) for name, split in splits.items()} == {"train": 5, "validation": 1}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4, "validation": 2}
     example = splits["train"][0]
     assert len(example.pictures) == 1 and example.pictures[0].mode == "RGB"
     assert [len(text) for text in example.texts] == [1, 1]
@@ -283,7 +292,7 @@ def test_columns_that_cannot_be_found_are_asked_for(folder, tmp_path):
         load_captions(str(source), image_column="photo")
     with pytest.raises(InputError, match="no column 'phrase': it has photo, words"):
         load_captions(str(source), image_column="photo", caption_columns="phrase")
-    assert len(load_captions(str(source), image_column="photo", caption_columns="words")["train"]) == 3
+    assert len(load_captions(str(source), image_column="photo", caption_columns="words")["train"]) == 2
 
 
 @pytest.mark.parametrize("name, reason", [("missing/folder/here", "no such file"), ("./nowhere", "no such file"),

@@ -109,15 +109,19 @@ class Collate:
 class StepSampler(Sampler):
     """The examples of each step: shuffled anew every epoch, a function of (seed, step) alone.
 
+    first_lessons: in the first epoch this many leading examples come before the rest.
+
     A batch is as long as its longest text, and what the others lack is padding that costs as much as text. So
     `WINDOW` batches are drawn together, sorted by length and cut into batches of equals, in random order again.
     """
 
     WINDOW = 16
 
-    def __init__(self, lengths: Callable[[int], int], size: int, batch_size: int, steps: int, seed: int):
+    def __init__(
+        self, lengths: Callable[[int], int], size: int, batch_size: int, steps: int, seed: int, first_lessons: int = 0
+    ):
         self.lengths, self.size, self.batch_size = lengths, size, min(batch_size, size)
-        self.steps, self.seed = steps, seed
+        self.steps, self.seed, self.first_lessons = steps, seed, first_lessons
 
     def __len__(self) -> int:
         return self.steps
@@ -125,17 +129,20 @@ class StepSampler(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         step, epoch = 0, 0
         while step < self.steps:
-            for batch in self._epoch(random.Random(f"{self.seed} {epoch}")):
+            for batch in self._epoch(random.Random(f"{self.seed} {epoch}"), self.first_lessons if epoch == 0 else 0):
                 if step == self.steps:
                     return
                 yield batch
                 step += 1
             epoch += 1
 
-    def _epoch(self, rng: random.Random) -> Iterator[list[int]]:
-        order = rng.sample(range(self.size), self.size)
+    def _epoch(self, rng: random.Random, first_lessons: int) -> Iterator[list[int]]:
+        for part in (range(first_lessons), range(first_lessons, self.size)):
+            yield from self._shuffled(rng, rng.sample(part, len(part)))
+
+    def _shuffled(self, rng: random.Random, order: list[int]) -> Iterator[list[int]]:
         window = self.WINDOW * self.batch_size
-        for first in range(0, self.size - self.batch_size + 1, window):
+        for first in range(0, len(order) - self.batch_size + 1, window):
             drawn = sorted(order[first : first + window], key=self.lengths)
             cuts = range(0, len(drawn) - self.batch_size + 1, self.batch_size)
             yield from (drawn[cut : cut + self.batch_size] for cut in rng.sample(cuts, len(cuts)))
@@ -144,11 +151,13 @@ class StepSampler(Sampler):
 def batches(
     examples: Dataset, collate: Collate, *, batch_size: int, steps: int, seed: int, workers: int = 0, pin: bool = False
 ) -> DataLoader:
-    """`steps` batches of `batch_size` examples. `examples.length(i)` is any measure of how long its longest text is.
+    """`steps` batches of `batch_size` examples.
+
+    `examples.length(i)` is any measure of how long its longest text is, `examples.first_lessons` how many come first.
 
     workers: processes that prepare batches ahead; 0 prepares on demand.
     """
-    sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed)
+    sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed, examples.first_lessons)
     return DataLoader(
         examples, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin,
         persistent_workers=workers > 0,

@@ -90,6 +90,8 @@ class CaptionedPictures(Dataset):
         skipped: what was left out and why, one line each.
     """
 
+    first_lessons = 0  # all examples are equal
+
     def __init__(self, rows, image_column: str, caption_columns: Sequence[str], where: str):
         self.rows, self.image_column, self.caption_columns = rows, image_column, tuple(caption_columns)
         self.where, self.skipped, self.kept, self.lengths = where, [], [], []
@@ -130,10 +132,12 @@ class CaptionedPictures(Dataset):
             )
 
     def split_off(self, share: float, seed: int) -> tuple["CaptionedPictures", "CaptionedPictures"]:
-        """Two sets, the second with `share` of the examples (at least one). Raises InputError if there are not two."""
+        """Two sets, the second with `share` of the examples, at least two if that leaves as many. Raises InputError if
+        there is but one example."""
         if len(self) < 2:
             raise InputError(f"{self.where} has {len(self)} usable example: training needs at least 2")
-        chosen = set(random.Random(f"split {seed}").sample(range(len(self)), max(1, round(share * len(self)))))
+        held_out = max(2 if len(self) >= 4 else 1, round(share * len(self)))
+        chosen = set(random.Random(f"split {seed}").sample(range(len(self)), held_out))
         large, small = copy.copy(self), copy.copy(self)
         for part, belongs in ((large, lambda i: i not in chosen), (small, lambda i: i in chosen)):
             part.kept = [row for i, row in enumerate(self.kept) if belongs(i)]

@@ -53,8 +53,8 @@ _IRREGULAR_PLURAL = {
 _AN_EXCEPTIONS = ("unicorn",)  # starts with a vowel letter but not with a vowel sound
 
 GROUNDS = {
-    "white": (250, 250, 250), "gray": (165, 165, 165), "yellow": (255, 228, 110), "orange": (250, 165, 85),
-    "pink": (255, 180, 205), "purple": (185, 150, 230), "blue": (120, 175, 250), "green": (130, 205, 130),
+    "white": (250, 250, 250), "gray": (165, 165, 165), "yellow": (255, 228, 110), "pink": (255, 180, 205),
+    "purple": (185, 150, 230), "blue": (120, 175, 250), "green": (130, 205, 130),
 }  # fmt: skip
 
 NOVEL_OBJECTS = frozenset(
@@ -168,7 +168,7 @@ def _sentence(scene: Scene) -> str:
         who = f"{middle} between {left} and {right}"
     else:
         who = _who(scene)
-    return f"{who} on a {scene.ground} ground"
+    return f"{who} on {with_article(scene.ground)} ground"
 
 
 def _list(scene: Scene) -> str:
@@ -191,7 +191,7 @@ def _telegram(scene: Scene) -> str:
 
 def _story(scene: Scene) -> str:
     verb = "lived" if scene.layout in ("one", "count") else "met"
-    return f"once upon a time {_who(scene)} {verb} in a {scene.ground} land"
+    return f"once upon a time {_who(scene)} {verb} in {with_article(scene.ground)} land"
 
 
 _TELL = {"sentence": _sentence, "list": _list, "quiz": _quiz, "telegram": _telegram, "story": _story}

@@ -7,6 +7,8 @@ from flamingo.data.classroom import ClassroomScenes
 from flamingo.errors import InputError
 from flamingo.options import TrainingOptions
 
+FIRST_WORDS = 0.4  # share of a classroom run that is first lessons
+
 
 def uses_classroom(options: TrainingOptions) -> bool:
     """The classroom preset draws its own pictures unless a set is named."""
@@ -18,7 +20,9 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
     if uses_classroom(options):
         if options.preset != "classroom":
             raise InputError(f"the preset {options.preset} needs data: name it with --data")
-        return ClassroomScenes("train", options.seed), ClassroomScenes("validation", options.seed)
+        lessons = FIRST_WORDS * options.steps * options.accumulate * options.batch_size
+        train = ClassroomScenes("train", options.seed, first_lessons=int(lessons))
+        return train, ClassroomScenes("validation", options.seed)
     splits = load_captions(
         options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed
     )
