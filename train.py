@@ -41,17 +41,16 @@ def main(options: TrainingOptions) -> None:
     folder = training.new_run_folder(options)
     log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped])
 
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if training.bf16_pays(device, config.dim) else "float32"
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    print(f"training {len(train_set)} examples on {device} in {dtype}; run folder {folder}")
-
     collate = Collate(processor, options.max_tokens)
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": device.type == "cuda"}
     stream = iter(batches(train_set, collate, steps=options.steps * options.accumulate, seed=options.seed, **prepare))
     held_out = list(batches(validation_set, collate, steps=options.eval_batches, seed=0, **prepare))
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    print(f"training {len(train_set)} examples on {device} in {dtype}; run folder {folder}")
     optimizer = training.make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

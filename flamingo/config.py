@@ -16,6 +16,7 @@ class FlamingoConfig(PreTrainedConfig):
         xattn_every, xattn_placement: which decoder layers get a cross-attention (`layers_with_cross_attention`).
         xattn_dim_head, xattn_heads, xattn_ff_mult, xattn_act: the cross-attention blocks.
         resampler_depth, resampler_dim_head, resampler_heads, resampler_ff_mult, resampler_act: the resampler.
+        xattn_init_gain, resampler_init_gain, resampler_query_gain, resampler_latents_std: how the trained parts begin.
         resampler_num_latents: n. resampler_num_time_embeds: frames with an embedding of their own, 0 for none.
         resampler_max_num_media: places of a picture in its text with an embedding of their own, 0 for none.
         freeze_language_model, freeze_vision_model: only True is trained by this repository's loop.
@@ -38,6 +39,7 @@ class FlamingoConfig(PreTrainedConfig):
     xattn_heads: int = 8
     xattn_ff_mult: int = 4
     xattn_act: str = "gelu"
+    xattn_init_gain: float = 1.0
     resampler_depth: int = 6
     resampler_dim_head: int = 64
     resampler_heads: int = 8
@@ -45,6 +47,9 @@ class FlamingoConfig(PreTrainedConfig):
     resampler_num_time_embeds: int = 4
     resampler_ff_mult: int = 4
     resampler_act: str = "gelu"
+    resampler_init_gain: float = 1.0
+    resampler_query_gain: float = 1.0
+    resampler_latents_std: float = 1.0
     resampler_max_num_media: int = 0
     freeze_language_model: bool = True
     freeze_vision_model: bool = True

@@ -127,13 +127,26 @@ class GatedCrossAttentionBlock(nn.Module):
 
     Text before the first picture gets nothing from the attention; its feed-forward still runs, as in the paper's
     code. ff_mult and act are those of `feed_forward`.
+
+    init_gain scales what the attention adds at first. tanh(gate) is at most 1, so a block whose output is small beside
+    the language model's hidden states has little to say even with its gate wide open, until its weights have grown.
     """
 
     def __init__(
-        self, *, dim: int, dim_visual: int, dim_head: int = 64, heads: int = 8, ff_mult: int = 4, act: str = "gelu"
+        self,
+        *,
+        dim: int,
+        dim_visual: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        act: str = "gelu",
+        init_gain: float = 1.0,
     ):
         super().__init__()
         self.attn = MaskedCrossAttention(dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads)
+        with torch.no_grad():
+            self.attn.to_out.weight.mul_(init_gain)
         self.attn_gate = nn.Parameter(torch.zeros(1))
         self.ff = feed_forward(dim, ff_mult, act)
         self.ff_gate = nn.Parameter(torch.zeros(1))

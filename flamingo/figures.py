@@ -59,7 +59,7 @@ def samples_figure(
     """Pictures with what the model says and what is true; green where both agree."""
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.4 * rows), squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.8 * rows), squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
     for axes, picture, said, truth, prompt in zip(grid.flat, pictures, given, truths, prompts, strict=False):

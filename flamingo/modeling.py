@@ -202,7 +202,7 @@ class Flamingo(VisionLanguageModel):
             the language model is extended in place.
         dim_visual: d, width of the encoder's features.
         xattn_every, xattn_placement: see `layers_with_cross_attention`.
-        xattn_dim_head, xattn_heads, xattn_ff_mult, xattn_act: the cross-attention blocks.
+        xattn_dim_head, xattn_heads, xattn_ff_mult, xattn_act, xattn_init_gain: the cross-attention blocks.
         resampler_…: the resampler; num_time_embeds is its max_num_frames, 0 for none.
         only_attend_immediate_media: see `who_sees_what`.
         decoder_layers_attr_name: where the language model's layers are, if it cannot be found.
@@ -223,6 +223,7 @@ class Flamingo(VisionLanguageModel):
         xattn_heads: int = 8,
         xattn_ff_mult: int = 4,
         xattn_act: str = "gelu",
+        xattn_init_gain: float = 1.0,
         resampler_depth: int = 6,
         resampler_dim_head: int = 64,
         resampler_heads: int = 8,
@@ -230,6 +231,9 @@ class Flamingo(VisionLanguageModel):
         resampler_num_time_embeds: int = 0,
         resampler_ff_mult: int = 4,
         resampler_act: str = "gelu",
+        resampler_init_gain: float = 1.0,
+        resampler_query_gain: float = 1.0,
+        resampler_latents_std: float = 1.0,
         resampler_max_num_media: int = 0,
         only_attend_immediate_media: bool = True,
         decoder_layers_attr_name: str | None = None,
@@ -238,6 +242,7 @@ class Flamingo(VisionLanguageModel):
             dim=dim_visual, depth=resampler_depth, dim_head=resampler_dim_head, heads=resampler_heads,
             num_latents=resampler_num_latents, max_num_frames=resampler_num_time_embeds or None,
             max_num_media=resampler_max_num_media or None, ff_mult=resampler_ff_mult, act=resampler_act,
+            init_gain=resampler_init_gain, query_gain=resampler_query_gain, latents_std=resampler_latents_std,
         )  # fmt: skip
         ids = {"media_token_id": media_token_id, "eoc_token_id": eoc_token_id, "pad_token_id": pad_token_id}
         super().__init__(vision_encoder.requires_grad_(False), perceiver, lang_encoder, **ids)
@@ -251,6 +256,7 @@ class Flamingo(VisionLanguageModel):
             only_attend_immediate_media=only_attend_immediate_media,
             decoder_layers_attr_name=decoder_layers_attr_name,
             dim_head=xattn_dim_head, heads=xattn_heads, ff_mult=xattn_ff_mult, act=xattn_act,
+            init_gain=xattn_init_gain,
         )  # fmt: skip
         self.train(False)
 

@@ -75,6 +75,10 @@ class PerceiverResampler(nn.Module):
         max_num_frames: learn an embedding for each of this many frames (video); None learns none.
         max_num_media: learn an embedding for a picture's place among the pictures of its text; None learns none.
         ff_mult, act: feed-forward width factor and activation (gelu, relu or sqrelu).
+        init_gain, query_gain, latents_std: how the weights begin. The learned latents are the same for every picture,
+            and what attention adds to them is what differs: at 1 and 1 at first a tenth of the whole (init_gain,
+            latents_std). And attention begins all but uniform, so that every latent holds the same mean of all
+            patches; with larger queries each begins with a look of its own (query_gain).
     """
 
     def __init__(
@@ -89,9 +93,12 @@ class PerceiverResampler(nn.Module):
         max_num_media: int | None = None,
         ff_mult: int = 4,
         act: str = "gelu",
+        init_gain: float = 1.0,
+        query_gain: float = 1.0,
+        latents_std: float = 1.0,
     ):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.latents = nn.Parameter(torch.randn(num_latents, dim) * latents_std)
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(
@@ -101,6 +108,10 @@ class PerceiverResampler(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
+        with torch.no_grad():
+            for attention, _ in self.layers:
+                attention.to_out.weight.mul_(init_gain)
+                attention.to_q.weight.mul_(query_gain)
 
     def forward(self, x: Tensor, media_time: Tensor | None = None) -> Tensor:
         """Patch features to latents.

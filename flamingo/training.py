@@ -40,28 +40,31 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>
 
 
-def bf16_pays(device: torch.device, dim: int) -> bool:
-    """Is bfloat16 autocast faster here? Always on GPUs that have it; on a CPU a short measurement decides.
+def bf16_pays(model: Flamingo, batch: Batch, device: torch.device) -> bool:
+    """Is bfloat16 autocast faster here? Always on GPUs that have it; on a CPU a few texts, trained both ways, decide.
 
-    Many CPUs have no bfloat16 unit and convert back and forth; on some only the backward pass is slow. So both ways of
-    one matrix product, forward and backward, are timed at the model's width.
+    Many CPUs have no bfloat16 unit and convert back and forth; on others the products are faster and the backward pass,
+    or all the converting between, is slower: a matrix product alone would not tell.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu":
         return False
-    layer, x = nn.Linear(dim, 4 * dim), torch.randn(2048, dim, requires_grad=True)
+    few = batch.first(32)
 
-    def seconds(dtype: torch.dtype) -> float:
+    def seconds(dtype: str) -> float:
         best = math.inf
-        for _ in range(4):
+        for _ in range(3):
             began = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-                layer(x).sum().backward()
+            with autocast(device, dtype):
+                loss = model(**few.inputs()).loss
+            loss.backward()
             best = min(best, time.perf_counter() - began)
         return best
 
-    return seconds(torch.bfloat16) < 0.9 * seconds(torch.float32)
+    faster = seconds("bfloat16") < 0.9 * seconds("float32")
+    model.zero_grad(set_to_none=True)
+    return faster
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:

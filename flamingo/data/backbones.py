@@ -1,6 +1,6 @@
 """Pretrains the two frozen halves of the classroom: a small OPT and a small CLIP.
 
-    python -m flamingo.data.backbones --out assets/classroom        (about an hour and a half on 2 CPU cores)
+    python -m flamingo.data.backbones --out assets/classroom        (about half an hour on 2 CPU cores)
 
 What this file teaches: where the "frozen backbones" of a Flamingo come from, at a size one can watch.
 

@@ -46,6 +46,12 @@ class Batch:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         return replace(self, **moved)
 
+    def first(self, texts: int) -> "Batch":
+        """The first `texts` texts and the pictures up to the last that they need."""
+        index = self.image_index[:texts]
+        rows = {name: getattr(self, name)[:texts] for name in ("input_ids", "attention_mask", "labels")}
+        return Batch(self.pixel_values[: int(index.max()) + 1], index, **rows)
+
     def pin_memory(self) -> "Batch":
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 

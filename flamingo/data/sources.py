@@ -7,7 +7,7 @@ from flamingo.data.classroom import ClassroomScenes
 from flamingo.errors import InputError
 from flamingo.options import TrainingOptions
 
-FIRST_WORDS = 0.4  # share of a classroom run that is first lessons
+FIRST_WORDS = 0.6  # share of a classroom run that is first lessons
 
 
 def uses_classroom(options: TrainingOptions) -> bool:
