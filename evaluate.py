@@ -34,6 +34,7 @@ def main(args: argparse.Namespace) -> None:
     import time
 
     from flamingo.checkpoint import load_model, write_json
+    from flamingo.data.sources import uses_classroom
     from flamingo.evaluation.exact_match import Scorer, classroom_items, set_items
     from flamingo.options import TrainingOptions, read_json
     from flamingo.training import pick_device
@@ -49,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(pick_device(args.device))
     scorer = Scorer(model, processor, summary["dtype"])
 
-    if options.data is None:
+    if uses_classroom(options):
         result = scorer.score(classroom_items("test", args.n, args.seed))
         novel = scorer.score(classroom_items("novel", max(2, args.n // 2), args.seed), controls=False)
         result |= {"exact_match_novel": novel["exact_match"], "novel": novel}

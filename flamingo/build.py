@@ -40,6 +40,8 @@ def build_flamingo(config: FlamingoConfig) -> tuple[Flamingo, FlamingoProcessor]
     Fills in the config's dim, dim_visual and fingerprints. Raises InputError when a backbone cannot be loaded, has
     another width than the config says, or other weights than the config's fingerprint.
     """
+    if not (config.freeze_language_model and config.freeze_vision_model):
+        raise InputError("freeze_language_model and freeze_vision_model must be true: this repository trains neither")
     vision_encoder = load_vision_encoder(config.clip_model_type, norm=config.vision_feature_norm)
     lm, tokenizer = load_language_model(config.lm)
     config.dim = _check("dim", config.dim, lm.config.hidden_size)

@@ -99,15 +99,18 @@ def make_optimizer(model: Flamingo, options: TrainingOptions) -> torch.optim.Ada
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
+def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
+    """Factor of the learning rate: linear warmup, then half a cosine down to a hundredth."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: TrainingOptions) -> None:
-    """Linear warmup, then half a cosine down to a hundredth."""
-    if step < options.warmup_steps:
-        factor = (step + 1) / options.warmup_steps
-    else:
-        done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-        factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+    """Give each group its peak rate times `warmup_cosine`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * warmup_cosine(step, options.steps, options.warmup_steps)
 
 
 @torch.no_grad()

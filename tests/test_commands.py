@@ -177,6 +177,9 @@ def test_other_backbone_weights_are_refused(finished, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"dim_visual": 1024}))
     with pytest.raises(InputError, match="dim_visual=1024, but the backbone has 192"):
         load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"freeze_vision_model": False}))
+    with pytest.raises(InputError, match="trains neither"):
+        load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         load_model(folder)

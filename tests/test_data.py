@@ -13,7 +13,9 @@ from flamingo.data import scenes
 from flamingo.data.batches import StepSampler, caption_labels
 from flamingo.data.captions import load_captions, parse_interleaved, to_rgb
 from flamingo.data.classroom import ClassroomScenes
+from flamingo.data.sources import training_sets
 from flamingo.errors import InputError
+from flamingo.options import TrainingOptions
 from flamingo.processor import Chunk
 
 
@@ -160,6 +162,14 @@ def test_batches_are_of_similar_length_and_every_epoch_shows_everything_once():
     spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in steps]
     assert sum(spread) / len(spread) < 20
     assert steps[:40] != list(StepSampler(lengths.__getitem__, 640, 16, 40, seed=2))
+
+
+@pytest.mark.parametrize("steps", [10, 5000])
+def test_a_run_of_any_length_leaves_the_first_lessons(steps):
+    train, _ = training_sets(TrainingOptions(steps=steps, batch_size=64))
+    assert len(train) >= steps * 64
+    lists = [train[i].texts[0][0].prompt == "As a list:" for i in range(0, steps * 64, steps)]
+    assert all(lists[:36]) and not all(lists[42:])
 
 
 def test_first_lessons_come_first_once():

@@ -36,6 +36,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from flamingo.data import probes, scenes
 from flamingo.data.probes import PATCH
+from flamingo.training import warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
 LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
@@ -112,13 +113,6 @@ def train_tokenizer(texts: list[str], *, closing: bool) -> PreTrainedTokenizerFa
 
 
 # ---------------------------------------------------------------------------------------------- the two loops
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor: linear warmup, then half a cosine down to 1 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def make_optimizer(modules: list[nn.Module], lr: float) -> torch.optim.AdamW:
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -160,7 +154,7 @@ def pretrain_lm(out: Path, steps: int, device: torch.device) -> tuple[OPTForCaus
     bar = tqdm(range(steps), desc="OPT", mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * cosine(step, steps, warmup=50)
+            group["lr"] = 2e-3 * warmup_cosine(step, steps, 50)
         # Every eighth batch has full-length rows, so that the far positions are trained too.
         length, rows = (LM_POSITIONS, 12) if step % 8 == 0 else (192, 32)
         input_ids, first = packed_rows(tokenizer, SEED, first, rows, length)
@@ -254,7 +248,7 @@ def pretrain_clip(out: Path, word_vectors: Tensor, steps: int, device: torch.dev
     bar = tqdm(range(steps), desc="CLIP", mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * cosine(step, steps, warmup=200)
+            group["lr"] = 1e-3 * warmup_cosine(step, steps, 200)
         # First only crowded scenes (what do objects look like), later every second batch is captioned pictures.
         phase = "crowd" if step < 0.4 * steps or step % 2 else "captions"
         pixels, targets, captions = vision_batch(step, 128 if phase == "crowd" else 192, phase, names)

@@ -9,12 +9,8 @@ from flamingo.data.batches import Example
 from flamingo.processor import Chunk
 
 
-def cue_of(style: str) -> str:
-    return scenes.CUES[style]
-
-
 class ClassroomScenes(Dataset):
-    """Endless in practice: `size` examples, each a pure function of (seed, split, index).
+    """`size` examples, each a pure function of (seed, split, index).
 
     The first `first_lessons` are *first words*: one scene told as a list. Nearly every word of it is a name or a
     ground, in reading order, so that names and places bind early; among longer captions they stay unlearned for long,
@@ -48,12 +44,12 @@ class ClassroomScenes(Dataset):
         told = [scenes.make_scene(self.seed, self.split, rng.randrange(2**40)) for _ in range(how_many)]
         if how_many > 1:
             style = rng.choice(scenes.STYLES)
-            cue = cue_of(style) if rng.random() < 0.2 else ""
+            cue = scenes.CUES[style] if rng.random() < 0.2 else ""
             return told, [[Chunk(k, cue, scene.caption(style)) for k, scene in enumerate(told)]]
         if index < self.first_lessons:
-            return told, [[Chunk(0, cue_of("list"), told[0].caption("list"))]]
+            return told, [[Chunk(0, scenes.CUES["list"], told[0].caption("list"))]]
         style = rng.choice(scenes.STYLES)
-        cue = cue_of(style) if rng.random() < 0.9 else ""
+        cue = scenes.CUES[style] if rng.random() < 0.9 else ""
         return told, [[Chunk(0, cue, told[0].caption(style))], [question_chunk(told[0], rng)]]
 
 

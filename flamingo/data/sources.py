@@ -2,11 +2,12 @@
 
 from torch.utils.data import Dataset
 
-from flamingo.data.captions import load_captions
+from flamingo.data.captions import CaptionedPictures, load_captions
 from flamingo.data.classroom import ClassroomScenes
 from flamingo.errors import InputError
 from flamingo.options import TrainingOptions
 
+SCENES = 100_000  # of a split
 FIRST_WORDS = 0.6  # share of a classroom run that is first lessons
 
 
@@ -15,15 +16,22 @@ def uses_classroom(options: TrainingOptions) -> bool:
     return options.data is None
 
 
+def captioned_splits(options: TrainingOptions) -> dict[str, CaptionedPictures]:
+    """The splits of the captioned set that was named, by name."""
+    return load_captions(
+        options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed
+    )
+
+
 def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
     """(training examples, validation examples). Raises InputError when the set cannot be read or is too small."""
     if uses_classroom(options):
         if options.preset != "classroom":
             raise InputError(f"the preset {options.preset} needs data: name it with --data")
-        lessons = FIRST_WORDS * options.steps * options.accumulate * options.batch_size
-        train = ClassroomScenes("train", options.seed, first_lessons=int(lessons))
-        return train, ClassroomScenes("validation", options.seed)
-    splits = load_captions(
-        options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed
-    )
+        examples = options.steps * options.accumulate * options.batch_size
+        # At least as many scenes as the run shows: a second epoch would begin with the first lessons again.
+        size = max(SCENES, examples)
+        train = ClassroomScenes("train", options.seed, size, first_lessons=int(FIRST_WORDS * examples))
+        return train, ClassroomScenes("validation", options.seed, SCENES)
+    splits = captioned_splits(options)
     return splits["train"], splits["validation"]

@@ -11,8 +11,7 @@ from PIL import Image
 
 from flamingo.captioning import caption, encode_pictures
 from flamingo.data import scenes
-from flamingo.data.captions import load_captions
-from flamingo.data.classroom import cue_of
+from flamingo.data.sources import captioned_splits
 from flamingo.errors import InputError
 from flamingo.modeling import Flamingo
 from flamingo.options import TrainingOptions
@@ -44,15 +43,13 @@ def classroom_items(split: str, n: int, seed: int) -> list[Item]:
     for i in range(n):
         scene = scenes.make_scene(seed, split, i)
         style = scenes.STYLES[i % len(scenes.STYLES)]
-        items.append(Item(scene.draw(), cue_of(style), [scene.caption(style)], str(len(scene.objects))))
+        items.append(Item(scene.draw(), scenes.CUES[style], [scene.caption(style)], str(len(scene.objects))))
     return items
 
 
 def set_items(options: TrainingOptions, n: int) -> list[Item]:
     """The test split of a captioned set (its validation split if it has none), at most n pictures."""
-    splits = load_captions(
-        options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed
-    )
+    splits = captioned_splits(options)
     examples = splits.get("test") or splits["validation"]
     items = []
     for i in range(min(n, len(examples))):
