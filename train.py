@@ -3,6 +3,7 @@
     python train.py                                       the classroom: offline, minutes on a laptop
     python train.py --data my_pictures                    a folder of captioned pictures (see flamingo/data/captions.py)
     python train.py --preset opt-125m                     the real recipe: one GPU and a hub connection
+    python train.py --resume runs/classroom               go on with a run that was stopped
 
 What this file teaches: parse → build → a plain loop. Everything that trains a Flamingo is in `main`, top to bottom.
 """
@@ -27,6 +28,8 @@ def main(options: TrainingOptions) -> None:
     from flamingo.config import FlamingoConfig
     from flamingo.data.batches import Collate, batches
     from flamingo.data.sources import training_sets
+    from flamingo.resume import FILE as RESUME_FILE
+    from flamingo.resume import restore, save_resume_point
     from flamingo.run_log import RunLog
 
     # ------------------------------------------------------------------------------------------------ build
@@ -38,24 +41,27 @@ def main(options: TrainingOptions) -> None:
     model.to(device).train()
     print(training.describe(model))
     train_set, validation_set = training_sets(options)
-    folder = training.new_run_folder(options)
-    log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped])
+    optimizer = training.make_optimizer(model, options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    folder = training.run_folder(options)
+    first_step, dtype = restore(folder, model, optimizer) if options.resume else (0, options.dtype)
+    log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped], first_step)
 
     collate = Collate(processor, options.max_tokens)
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": device.type == "cuda"}
-    stream = iter(batches(train_set, collate, steps=options.steps * options.accumulate, seed=options.seed, **prepare))
+    count, done = options.steps * options.accumulate, first_step * options.accumulate
+    stream = iter(batches(train_set, collate, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_set, collate, steps=options.eval_batches, seed=0, **prepare))
-    dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     print(f"training {len(train_set)} examples on {device} in {dtype}; run folder {folder}")
-    optimizer = training.make_optimizer(model, options)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not options.resume:
+        save_resume_point(folder, model, optimizer, options, 0, dtype)
 
     # ------------------------------------------------------------------------------------------------- loop
-    bar = tqdm(range(options.steps), desc="train", unit="step")
+    bar = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps, desc="train", unit="step")
     for step in bar:
         training.set_learning_rate(optimizer, step, options)
         group = [next(stream) for _ in range(options.accumulate)]
@@ -75,12 +81,15 @@ def main(options: TrainingOptions) -> None:
         if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
             log.validation(step + 1, training.validate(model, held_out, device, dtype), model.gates(), bar)
             log.samples(model, processor, validation_set, training.autocast(device, dtype), bar)
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            save_resume_point(folder, model, optimizer, options, step + 1, dtype)
 
     # ------------------------------------------------------------------------------------------------- save
     save_model(folder, model, processor, config)
     counts = dict(zip(("trainable_parameters", "frozen_parameters"), training.count_parameters(model), strict=True))
     summary = log.summary(device, dtype) | counts
     write_json(folder / "summary.json", summary)  # last: a run folder with a summary is a whole one
+    (folder / RESUME_FILE).unlink()
     print(
         f"done in {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
         f"{summary['final_val_loss_blind']:.3f} without\n"

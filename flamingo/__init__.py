@@ -19,6 +19,7 @@ _WHERE = {
     "FlamingoConfig": "config",
     "Flamingo": "modeling",
     "FlamingoOutput": "modeling",
+    "FlamingoModel": "huggingface",
     "VisionLanguageModel": "modeling",
     "FlamingoProcessor": "processor",
     "build_flamingo": "build",

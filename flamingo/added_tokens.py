@@ -35,6 +35,7 @@ class DecoupledEmbedding(nn.Embedding):
         _check_ids(first_id, count, rows)
         super().__init__(rows, dim, embedding.padding_idx, _weight=embedding.weight, _freeze=True)
         self.first_id, self.count = first_id, count
+        self.scale = getattr(embedding, "embed_scale", 1.0)  # BioGPT and Gemma multiply their word vectors
         mean = embedding.weight.detach().float().mean(dim=0)
         self.additional_embedding = nn.Embedding(count, dim, _weight=mean.repeat(count, 1))
 
@@ -42,7 +43,7 @@ class DecoupledEmbedding(nn.Embedding):
         is_new = (input_ids >= self.first_id) & (input_ids < self.first_id + self.count)
         old = F.embedding(input_ids.masked_fill(is_new, 0), self.weight)
         new = self.additional_embedding((input_ids - self.first_id).clamp(0, self.count - 1))
-        return torch.where(is_new[..., None], new.to(old.dtype), old)
+        return torch.where(is_new[..., None], new.to(old.dtype), old) * self.scale
 
 
 class DecoupledLinear(nn.Linear):

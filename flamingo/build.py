@@ -5,12 +5,13 @@ import torch
 from flamingo.config import FlamingoConfig
 from flamingo.errors import InputError
 from flamingo.modeling import Flamingo
+from flamingo.options import resolve
 from flamingo.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.vision import fingerprint, load_vision_encoder
 
 
 def load_language_model(name: str):
-    """A causal language model in float32 and its tokenizer, by Hugging Face id or folder.
+    """A causal language model in float32 and its tokenizer, by Hugging Face id, folder, or `asset:…`.
 
     Raises InputError when either cannot be loaded.
     """
@@ -19,9 +20,10 @@ def load_language_model(name: str):
 
     disable_progress_bar()  # a bar for a file that loads in a second only hides what matters
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        folder_or_id = resolve(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
         # The library's default dtype is that of the file: OPT would come as float16.
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        lm = AutoModelForCausalLM.from_pretrained(folder_or_id, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"cannot load the language model {name}: {reason}") from error
@@ -40,8 +42,8 @@ def build_flamingo(config: FlamingoConfig) -> tuple[Flamingo, FlamingoProcessor]
     Fills in the config's dim, dim_visual and fingerprints. Raises InputError when a backbone cannot be loaded, has
     another width than the config says, or other weights than the config's fingerprint.
     """
-    if not (config.freeze_language_model and config.freeze_vision_model):
-        raise InputError("freeze_language_model and freeze_vision_model must be true: this repository trains neither")
+    if not config.freeze_vision_model:
+        raise InputError("freeze_vision_model must be true: Flamingo's vision encoder is frozen")
     vision_encoder = load_vision_encoder(config.clip_model_type, norm=config.vision_feature_norm)
     lm, tokenizer = load_language_model(config.lm)
     config.dim = _check("dim", config.dim, lm.config.hidden_size)
@@ -71,4 +73,6 @@ def build_flamingo(config: FlamingoConfig) -> tuple[Flamingo, FlamingoProcessor]
         vision_encoder, lm, dim_visual=config.dim_visual, media_token_id=processor.media_token_id,
         eoc_token_id=processor.eoc_token_id, pad_token_id=processor.pad_token_id, **shape,
     )  # fmt: skip
+    if not config.freeze_language_model:
+        model.train_language_model(True)
     return model, processor

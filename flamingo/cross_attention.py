@@ -35,6 +35,11 @@ class Sight:
     mask: Tensor | None
     sees_image: Tensor
 
+    def last(self, tokens: int) -> "Sight":
+        """The same for the last `tokens` of each text only: those before have been read in an earlier call."""
+        mask = None if self.mask is None else self.mask[:, -tokens:]
+        return Sight(self.image_index, mask, self.sees_image[:, -tokens:])
+
 
 def who_sees_what(media_locations: Tensor, image_index: Tensor, only_immediate: bool = True) -> Sight:
     """The masking rule of Flamingo.

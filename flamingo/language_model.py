@@ -14,9 +14,11 @@ names of its methods follow open_flamingo.)
 """
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo.added_tokens import DecoupledEmbedding, DecoupledLinear
@@ -166,6 +168,7 @@ class FlamingoLMMixin:
         self.only_attend_immediate_media = only_attend_immediate_media
         self._latents: Tensor | None = None
         self._image_index: Tensor | None = None
+        self._media_locations: Tensor | None = None
         self._images_read: Tensor | None = None
 
         _, layers = find_decoder_layers(self, decoder_layers_attr_name)
@@ -185,7 +188,11 @@ class FlamingoLMMixin:
 
     @contextmanager
     def conditioned(
-        self, latents: Tensor | None, image_index: Tensor | None, use_cached_media: bool = False
+        self,
+        latents: Tensor | None,
+        image_index: Tensor | None,
+        use_cached_media: bool = False,
+        media_locations: Tensor | None = None,
     ) -> Iterator[None]:
         """Lay pictures beside the texts of the calls inside, and take them away however that ends.
 
@@ -193,9 +200,11 @@ class FlamingoLMMixin:
             latents: the bank (N, n, d); None: the texts have <image> tokens but nothing to see (a blind control).
             image_index: (B, T_img) pictures of each text as rows of the bank, -1 for an empty slot.
             use_cached_media: keep keys and values between calls (generation).
+            media_locations: (B, T_txt) bool, where the pictures are announced in the whole text so far; at the <image>
+                tokens of each call if not given.
         """
         try:
-            self._latents, self._image_index = latents, image_index
+            self._latents, self._image_index, self._media_locations = latents, image_index, media_locations
             for layer in self._get_decoder_layers():
                 layer.condition_vis_x(latents)
                 layer.condition_use_cached_media(use_cached_media)
@@ -205,9 +214,31 @@ class FlamingoLMMixin:
 
     def clear_conditioned_layers(self) -> None:
         """Forget all pictures: the model is the plain language model again."""
-        self._latents = self._image_index = self._images_read = None
+        self._latents = self._image_index = self._media_locations = self._images_read = None
         for layer in self._get_decoder_layers():
             layer.clear_conditioned()
+
+    def train_own_weights(self, trains: bool) -> None:
+        """Let the weights the model came with train, or freeze them; what was added trains in any case."""
+        self.requires_grad_(trains)
+        for module in self.modules():
+            if isinstance(module, GatedCrossAttentionBlock):
+                module.requires_grad_(True)
+        self.get_input_embeddings().additional_embedding.requires_grad_(True)
+        self.get_output_embeddings().additional_fc.requires_grad_(True)
+
+    def positions_of(self, attention_mask: Tensor, last: int | None = None) -> dict[str, Tensor]:
+        """{"position_ids": (B, T_txt)} for texts padded on the left, of the `last` tokens if said; empty for models
+        that have no such argument. (`generate` does this by itself, and models that learn positions need it.)"""
+        if "position_ids" not in inspect.signature(self.forward).parameters:
+            return {}
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return {"position_ids": positions if last is None else positions[:, -last:]}
+
+    def repeat_texts(self, times: int) -> None:
+        """Inside `conditioned`, after the texts have been read: go on with `times` continuations of each."""
+        if self._images_read is not None:
+            self._images_read = self._images_read.repeat_interleave(times, dim=0)
 
     @contextmanager
     def logits_only_at(self, keep: Tensor) -> Iterator[None]:
@@ -221,19 +252,43 @@ class FlamingoLMMixin:
 
     def forward(self, *args, **kwargs):
         """The language model's own forward, after each layer has been told what the tokens of this call see."""
+        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
+        self._check_length(input_ids, kwargs.get("past_key_values"))
         if self._latents is not None:
-            input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             sight = self._sight(input_ids, kwargs.get("past_key_values"))
             for layer in self._get_decoder_layers():
                 layer.condition_media_locations(sight)
         return super().forward(*args, **kwargs)
 
-    def _sight(self, input_ids: Tensor, past_key_values) -> Sight:
+    def _check_length(self, input_ids: Tensor | None, past_key_values) -> None:
+        if input_ids is None:
+            return
+        if input_ids.numel() == 0:
+            raise ValueError(f"the batch is empty: input_ids have the shape {tuple(input_ids.shape)}")
+        positions = getattr(self.config, "max_position_embeddings", None)
+        length = input_ids.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"a text of {length} tokens is longer than the {positions} positions of {self.config.model_type}: "
+                "shorten it, or give fewer pictures with their captions"
+            )
+
+    def _sight(self, input_ids: Tensor | None, past_key_values) -> Sight:
         """Who sees what in this call: a text from its beginning, or the next tokens of one that has been read."""
+        if input_ids is None:
+            raise ValueError("a model that is shown pictures needs input_ids: inputs_embeds do not say where they are")
+        tokens, read = input_ids.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
         beams = input_ids.shape[0] // self._image_index.shape[0]  # beams and samples of a text stand side by side
         image_index = self._image_index.repeat_interleave(beams, dim=0)
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        told = self._media_locations
+        if read and (told is None or told.shape[1] < read + tokens):
+            if self._images_read is None:
+                raise ValueError("to continue a text, say where its pictures are: media_locations of all of it")
             return sight_of_next_token(self._images_read, image_index, self.only_attend_immediate_media)
-        media_locations = input_ids == self.media_token_id
+        if told is None:
+            media_locations = input_ids == self.media_token_id
+        else:  # what has been generated since has no pictures
+            media_locations = F.pad(told.bool(), (0, max(0, read + tokens - told.shape[1])))
+            media_locations = media_locations.repeat_interleave(beams, dim=0)
         self._images_read = media_locations.sum(dim=1)
-        return who_sees_what(media_locations, image_index, self.only_attend_immediate_media)
+        return who_sees_what(media_locations, image_index, self.only_attend_immediate_media).last(tokens)

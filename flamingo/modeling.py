@@ -12,6 +12,7 @@ stand in each text. So five captions of one picture, the beams of a search and t
 resample or project the same picture twice. With no index, `pixel_values (B, T_img, F, C, H, W)` is the plain case.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -71,6 +72,10 @@ class VisionLanguageModel(nn.Module):
         self.lang_encoder.eval()
         return self
 
+    def train_language_model(self, trains: bool) -> None:
+        """Train the language model's own weights too, or freeze them (the default)."""
+        self.lang_encoder.train_own_weights(trains)
+
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Name → tensor of everything that trains, and nothing else."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
@@ -123,8 +128,17 @@ class VisionLanguageModel(nn.Module):
             bank = self.tokenize_images(bank, image_index)
         return bank, image_index
 
-    def fuse(self, latents: Tensor | None, image_index: Tensor | None, generating: bool) -> AbstractContextManager:
-        """Inside, the language model sees the pictures. Without latents it has <image> tokens but nothing to see."""
+    def fuse(
+        self,
+        latents: Tensor | None,
+        image_index: Tensor | None,
+        generating: bool = False,
+        media_locations: Tensor | None = None,
+    ) -> AbstractContextManager:
+        """Inside, the language model sees the pictures. Without latents it has <image> tokens but nothing to see.
+
+        media_locations: (B, T_txt) where the pictures are announced, if not at the <image> tokens.
+        """
         raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------- predict
@@ -151,7 +165,7 @@ class VisionLanguageModel(nn.Module):
             latents, image_index = None, None
         else:
             latents, image_index = self.prepare_images(pixel_values, features, latents, image_index)
-        with self.fuse(latents, image_index, generating=False):
+        with self.fuse(latents, image_index):
             if labels is None:
                 return FlamingoOutput(self.lang_encoder(input_ids=input_ids, attention_mask=attention_mask).logits)
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T_txt): what the next token should be
@@ -172,26 +186,91 @@ class VisionLanguageModel(nn.Module):
         latents: Tensor | None = None,
         image_index: Tensor | None = None,
         blind: bool = False,
+        media_locations: Tensor | None = None,
         **generation_options,
     ) -> Tensor:
         """Continue texts: (B, T_txt) → (B, longer), the prompt included. Prompts are padded on the left.
 
         generation_options: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, …). A text ends
         at <|endofchunk|>; <image> and padding are never generated.
+
+        Raises ValueError before the first step if prompt and new tokens need more positions than there are.
         """
         if blind:
             latents, image_index = None, None
         else:
             latents, image_index = self.prepare_images(pixel_values, features, latents, image_index)
         options = {
-            "max_new_tokens": 32,
-            "do_sample": False,
             "eos_token_id": self.eoc_token_id,
             "pad_token_id": self.pad_token_id,
             "suppress_tokens": sorted({self.media_token_id, self.pad_token_id}),
         } | generation_options
-        with self.fuse(latents, image_index, generating=True):
+        if "generation_config" not in options:  # which says for itself how to choose and how long to go on
+            options.setdefault("do_sample", False)
+            if "max_length" not in options:
+                options.setdefault("max_new_tokens", 32)
+        self._check_room(input_ids.shape[1] + options.get("max_new_tokens", 0))
+        with self.fuse(latents, image_index, generating=True, media_locations=media_locations):
             return self.lang_encoder.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def _check_room(self, length: int) -> None:
+        positions = getattr(self.lang_encoder.config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"prompt and new tokens need {length} positions, the language model has {positions}: shorten the "
+                "prompt, give fewer examples, or lower max_new_tokens"
+            )
+
+    @torch.no_grad()
+    def score_sequences(
+        self,
+        input_ids: Tensor,
+        candidates: Sequence[Sequence[int]],
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        latents: Tensor | None = None,
+        image_index: Tensor | None = None,
+        media_locations: Tensor | None = None,
+        mean: bool = False,
+    ) -> Tensor:
+        """Log-likelihood of each candidate as the continuation of each text: (B, K) in nats.
+
+        The texts, padded on the left, are read once and serve all candidates. (flamingo-mini has such a method; the
+        use for classification is OpenFlamingo's.)
+
+        Args:
+            input_ids, attention_mask: (B, T_txt) prompts. candidates: K lists of token ids, the same for each text.
+            mean: per token instead of the sum, so that long candidates are not at a disadvantage.
+        """
+        latents, image_index = self.prepare_images(pixel_values, features, latents, image_index)
+        texts, count = len(input_ids), len(candidates)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        length = max(map(len, candidates))
+        self._check_room(input_ids.shape[1] + length)
+        ids = torch.full((count, length), self.pad_token_id, device=input_ids.device)
+        real = torch.zeros(count, length, dtype=attention_mask.dtype, device=input_ids.device)
+        for k, candidate in enumerate(candidates):
+            ids[k, : len(candidate)] = torch.as_tensor(candidate, device=ids.device)
+            real[k, : len(candidate)] = 1
+        ids, real = ids.repeat(texts, 1), real.repeat(texts, 1)  # (B·K, L): all candidates of a text side by side
+        with self.fuse(latents, image_index, generating=True, media_locations=media_locations):
+            options = self.lang_encoder.positions_of(attention_mask)
+            read = self.lang_encoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options)
+            cache = read.past_key_values
+            cache.batch_repeat_interleave(count)
+            self.lang_encoder.repeat_texts(count)
+            whole_mask = torch.cat([attention_mask.repeat_interleave(count, dim=0), real], dim=1)
+            options = self.lang_encoder.positions_of(whole_mask, last=length)
+            continued = self.lang_encoder(
+                input_ids=ids, attention_mask=whole_mask, past_key_values=cache, **options
+            ).logits
+        before = read.logits[:, -1:].repeat_interleave(count, dim=0)
+        logits = torch.cat([before, continued[:, :-1]], dim=1).float()  # (B·K, L, vocabulary): what comes next
+        chosen = -F.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * real
+        total = chosen.sum(dim=1) / (real.sum(dim=1) if mean else 1)
+        return rearrange(total, "(B K) -> B K", K=count)
 
 
 class Flamingo(VisionLanguageModel):
@@ -266,9 +345,15 @@ class Flamingo(VisionLanguageModel):
             return self.perceiver(features)
         return self.perceiver(features, _place_of_each_picture(image_index, len(features)))
 
-    def fuse(self, latents: Tensor | None, image_index: Tensor | None, generating: bool) -> AbstractContextManager:
+    def fuse(
+        self,
+        latents: Tensor | None,
+        image_index: Tensor | None,
+        generating: bool = False,
+        media_locations: Tensor | None = None,
+    ) -> AbstractContextManager:
         """Cross-attention: the latents are laid beside the text."""
-        return self.lang_encoder.conditioned(latents, image_index, use_cached_media=generating)
+        return self.lang_encoder.conditioned(latents, image_index, generating, media_locations)
 
     def gates(self) -> list[tuple[float, float]]:
         """tanh of the attention and feed-forward gate of each layer, first layer first: how open it is."""

@@ -18,6 +18,11 @@ def asset(name: str) -> Path:
     return next((folder / name for folder in (here / "assets", here.parent / "assets") if folder.is_dir()), here / name)
 
 
+def resolve(name: str) -> str:
+    """`asset:classroom/opt` → where that is on this machine; other names as they are. So a run folder can be moved."""
+    return str(asset(name.removeprefix("asset:"))) if name.startswith("asset:") else name
+
+
 def option(default, text: str):
     """A dataclass field with the help line of its command-line option."""
     return field(default=default, metadata={"help": text})
@@ -34,6 +39,9 @@ class TrainingOptions:
     image_column: str | None = option(None, "the data's picture column, if it cannot be found")
     caption_columns: str | None = option(None, "the data's caption columns, comma separated, if they cannot be found")
     out: str | None = option(None, "run folder to write; a new one under runs/ if not given")
+    resume: str | None = option(
+        None, "go on with the unfinished run in this folder (that of --out or the preset if none is named)"
+    )
     seed: int = option(0, "random seed of weights, order and (classroom) scenes")
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(64, "examples per step (an example: a picture with its captions, or a document)")
@@ -45,6 +53,7 @@ class TrainingOptions:
     clip_norm: float = option(1.0, "largest norm of the gradient")
     max_tokens: int = option(128, "longest text in tokens; the rest is cut")
     eval_every: int = option(100, "optimizer steps between validations")
+    save_every: int = option(100, "optimizer steps between the points a killed run can be resumed from")
     eval_batches: int = option(4, "batches of a validation")
     workers: int = option(0, "processes that prepare pictures; 0 prepares them in the training process")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, …")
@@ -61,7 +70,7 @@ _LARGE_TRAINING = {
 PRESETS = {
     "classroom": {
         "model": {
-            "lm": str(asset("classroom") / "opt"), "clip_model_type": f"local-dir:{asset('classroom') / 'clip'}",
+            "lm": "asset:classroom/opt", "clip_model_type": "asset:classroom/clip",
             "xattn_heads": 6, "xattn_dim_head": 32, "xattn_ff_mult": 2, "resampler_depth": 1, "resampler_heads": 6,
             "resampler_dim_head": 32, "resampler_num_latents": 16, "resampler_ff_mult": 2,
             "resampler_num_time_embeds": 0, "xattn_init_gain": 5.0, "resampler_init_gain": 10.0,
@@ -97,15 +106,21 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
         flag = "--" + entry.name.replace("_", "-")
         kind = next(kind for kind in (int, float, str) if kind.__name__ in str(entry.type))
         shown = "" if entry.default is None else f" (default: {entry.default})"
+        also = {"nargs": "?", "const": ""} if entry.name == "resume" else {}
         parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(),
-                            help=entry.metadata["help"].replace("%", "%%") + shown)  # fmt: skip
+                            help=entry.metadata["help"].replace("%", "%%") + shown, **also)  # fmt: skip
     said = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = said.get("preset", "classroom")
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if "resume" in said:
+        from flamingo.resume import options_to_resume
+
+        folder = said.pop("resume") or said.get("out") or f"runs/{preset}"
+        return options_to_resume(Path(folder), said)
     options = TrainingOptions(**(PRESETS[preset]["training"] | said))
     for name in ("steps", "batch_size", "accumulate", "lr", "gate_lr", "clip_norm", "max_tokens", "eval_every",
-                 "eval_batches"):  # fmt: skip
+                 "eval_batches", "save_every"):  # fmt: skip
         if getattr(options, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(options, name)}")
     for name in ("weight_decay", "warmup_steps", "workers"):

@@ -22,24 +22,49 @@ from flamingo.training import peak_memory_bytes
 SHOWN = 12  # pictures in samples.png
 
 
+def _entry(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for one that a kill cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
 class RunLog:
     """Everything a run writes beside its weights.
 
-    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, and a line per validation,
+    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds" since the launch}, and a line per validation,
     {"step", "val_loss", "val_loss_blind", "attn": [...], "ff": [...]} with tanh(gate) of each layer.
     """
 
-    def __init__(self, folder: Path, options: TrainingOptions, launched: float, skipped: list[str]):
+    def __init__(
+        self, folder: Path, options: TrainingOptions, launched: float, skipped: list[str], steps_done: int = 0
+    ):
         self.folder, self.options, self.launched = folder, options, launched
         self.losses: list[float] = []
         self.validations: list[dict] = []
         self.captions_seen = 0
         self.first_step: float | None = None
         self.began = time.time()
-        self.metrics = open(folder / "metrics.jsonl", "w")  # noqa: SIM115 (open as long as the run)
+        self._take_up(folder / "metrics.jsonl", steps_done)
+        self.metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 (open as long as the run)
         if skipped:
             (folder / "skipped.txt").write_text("\n".join(skipped) + "\n")
             print(f"{len(skipped)} pictures or captions were left out: see {folder}/skipped.txt")
+
+    def _take_up(self, file: Path, steps_done: int) -> None:
+        """A resumed run: what was told up to the point it goes on from counts; what came after will be told again."""
+        lines = file.read_text().splitlines() if steps_done else []
+        kept = [entry for entry in map(_entry, lines) if entry and entry["step"] <= steps_done]
+        write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
+        steps = [entry for entry in kept if "loss" in entry]
+        self.validations = [entry for entry in kept if "val_loss" in entry]
+        self.losses = [entry["loss"] for entry in steps]
+        self.captions_seen = sum(entry["captions"] for entry in steps)
+        if steps:  # the time it took counts, the time it stood still does not
+            self.first_step = steps[0]["seconds"]
+            self.began -= steps[-1]["seconds"]
+            self.launched -= steps[-1]["seconds"]
 
     def _write(self, entry: dict) -> None:
         self.metrics.write(json.dumps(entry) + "\n")
@@ -51,10 +76,12 @@ class RunLog:
             self.first_step = time.time() - self.launched
         self.captions_seen += captions
         self.losses.append(loss.item())
-        seconds = time.time() - self.began
+        seconds = time.time() - self.launched
         lr = optimizer.param_groups[0]["lr"]
         self._write({"step": step + 1, "loss": self.losses[-1], "lr": lr, "captions": captions, "seconds": seconds})
-        bar.set_postfix(loss=f"{self.losses[-1]:.3f}", captions_per_second=f"{self.captions_seen / seconds:.0f}")
+        bar.set_postfix(
+            loss=f"{self.losses[-1]:.3f}", captions_per_second=f"{self.captions_seen / (time.time() - self.began):.0f}"
+        )
 
     def validation(self, step: int, losses: dict[str, float], gates: list[tuple[float, float]], bar: tqdm) -> None:
         """After each validation."""

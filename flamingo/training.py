@@ -163,8 +163,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def new_run_folder(options: TrainingOptions) -> Path:
-    """Make the run folder. Raises InputError if the named one holds something already or cannot be made."""
+def run_folder(options: TrainingOptions) -> Path:
+    """The run folder: that of the run to resume, or a new one. Raises InputError if a new one cannot be made or the
+    named one holds something already."""
+    if options.resume:
+        return Path(options.resume)
     folder = Path(options.out) if options.out else Path("runs") / options.preset
     if not options.out:
         number = 2
@@ -176,5 +179,5 @@ def new_run_folder(options: TrainingOptions) -> Path:
     except OSError as error:
         raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from error
     if occupied:
-        raise InputError(f"{folder} is not empty: choose another --out, or delete it")
+        raise InputError(f"{folder} is not empty: choose another --out, resume it with --resume {folder}, or delete it")
     return folder

@@ -13,15 +13,16 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 
 from flamingo.errors import InputError
+from flamingo.options import resolve
+from flamingo.preprocess import Preprocess
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -43,7 +44,7 @@ class VisionEncoder(nn.Module):
         preprocess: a PIL picture → (C, H, W) tensor, as the encoder was trained.
     """
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Callable[[Image.Image], Tensor], norm: bool):
+    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool):
         super().__init__()
         self.tower = tower.requires_grad_(False).eval()
         self.name, self.preprocess, self.norm = name, preprocess, norm
@@ -68,7 +69,7 @@ class VisionEncoder(nn.Module):
 class OpenClipEncoder(VisionEncoder):
     """An open_clip tower, built-in or timm."""
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Callable, norm: bool):
+    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool):
         super().__init__(tower, name, preprocess, norm)
         size = tower.image_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
@@ -89,7 +90,7 @@ class OpenClipEncoder(VisionEncoder):
 class HuggingFaceClipEncoder(VisionEncoder):
     """The vision half of a Hugging Face CLIP."""
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Callable, norm: bool):
+    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool):
         super().__init__(tower, name, preprocess, norm)
         self.image_size = (tower.config.image_size, tower.config.image_size)
         self.dim = tower.config.hidden_size
@@ -130,13 +131,12 @@ def _load_open_clip(name: str, norm: bool) -> VisionEncoder:
         _quick_gelu_must_match(model_name, pretrained)
     try:
         with _quiet_open_clip():
-            clip, _, preprocess = open_clip.create_model_and_transforms(
-                model_name, pretrained=pretrained, precision="fp32", require_pretrained=True
-            )
+            clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
     except json.JSONDecodeError as error:
         raise InputError(f"the config of {name} is not JSON: {error}") from error
     except Exception as error:  # missing weights, no network, a wrong file: open_clip has no exception of its own
         raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
+    preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
     return OpenClipEncoder(clip.visual, name, preprocess, norm)  # the text tower is dropped
 
 
@@ -159,9 +159,7 @@ def _load_hugging_face_clip(name: str, norm: bool) -> VisionEncoder:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
 
-    def preprocess(picture: Image.Image) -> Tensor:
-        return processor(images=picture.convert("RGB"), return_tensors="pt").pixel_values[0]
-
+    preprocess = Preprocess({"library": "transformers", **json.loads(processor.to_json_string())})
     return HuggingFaceClipEncoder(tower, name, preprocess, norm)
 
 
@@ -177,6 +175,8 @@ def load_vision_encoder(name: str, *, norm: bool = True) -> VisionEncoder:
 
     Raises InputError when the name is unknown, the weights are missing, or QuickGELU does not match.
     """
+    if name.startswith("asset:"):
+        return _load_open_clip(f"local-dir:{resolve(name)}", norm)
     if name.startswith(("hf-hub:", "local-dir:")) or (":" in name and "/" not in name.partition(":")[0]):
         return _load_open_clip(name, norm)
     if "/" not in name and not Path(name).is_dir():

@@ -9,9 +9,11 @@ What this file teaches: where the "frozen backbones" of a Flamingo come from, at
    that is the ability Flamingo's few-shot learning rests on.
 2. A CLIP: pictures and captions meet in one space (the contrastive loss of Radford et al. 2021). A contrastive
    loss on whole captions does not need to know *where* things are, and its patch tokens then do not say. So two
-   dense terms ask every patch token what it shows, against the names in the text tower's space, and where it stands;
-   without the second the tokens lose their places, and a Flamingo on top sees a bag of objects. Most of it is taught on
-   crowded scenes: nine objects for the price of one picture.
+   dense terms ask every patch token what it shows and where it stands; without the second the tokens lose their
+   places, and a Flamingo on top sees a bag of objects. *What* is asked in the language model's own word vectors (as in
+   DeViSE, Frome et al. 2013): then one map, the same for all objects, turns what a patch shows into the word for it, and
+   a Flamingo that learns it on some objects has learned it for the others. Most of it is taught on crowded scenes: nine
+   objects for the price of one picture.
 
 Both see all objects, the novel ones too, and only training pairs of them. Both are ordinary: open_clip and
 transformers load them through the same code as ViT-L-14 and OPT-125m.
@@ -34,19 +36,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from flamingo.build import load_language_model
 from flamingo.data import probes, scenes
 from flamingo.data.probes import PATCH
 from flamingo.training import warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
-LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
+# The word vectors are narrower than the layers, as in OPT-350m: with more objects than dimensions, what maps pictures to
+# the words of the objects that were trained also maps those of the others.
+LM_WIDTH, LM_WORDS, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 64, 4, 6, 512
 CLIP_CONFIG = {
-    "embed_dim": 128,
+    "embed_dim": LM_WORDS,  # pictures, captions and words in one space
     "vision_cfg": {"image_size": scenes.IMAGE_SIZE, "patch_size": PATCH, "width": 192, "layers": 4, "head_width": 32},
-    # The text tower starts from the language model's word vectors and keeps them (vocab_size is filled in).
-    "text_cfg": {"context_length": 32, "width": LM_WIDTH, "heads": LM_HEADS, "layers": 2, "pool_type": "eos",
-                 "eos_id": 2, "pad_id": 1},
+    # vocab_size is filled in
+    "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 2, "pool_type": "eos", "eos_id": 2,
+                 "pad_id": 1},
 }  # fmt: skip
+DENSE_SCALE = (
+    16.0  # of cosines: small, so that a patch must come near the word it shows, not just nearer than to others
+)
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -61,18 +69,22 @@ def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -
 
 
 def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
-    """Two kinds of document, a line for each caption.
+    """Three kinds of document, a line for each caption.
 
-    Two in three tell 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. One in three
-    tells *one* scene in several styles and asks about it: there the next word can be known from the lines before, so
+    Four in ten tell 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. Four in ten
+    tell *one* scene in several styles and ask about it: there the next word can be known from the lines before, so
     the model learns to be sure of a name. (A model that has only ever guessed names cannot say
-    one with confidence, whatever it is shown: its word vectors lie too close together.)
+    one with confidence, whatever it is shown: its word vectors lie too close together.) Two in ten give invented names
+    to things and use them again: whoever wants to predict these has to look up what a thing was called.
     """
     rng = random.Random(f"document {seed} {split} {index}")
     first = rng.randrange(2**40)
-    if rng.random() < 1 / 3:
+    kind = rng.random()
+    if kind < 0.2:
+        return "\n".join(_naming(rng))
+    if kind < 0.6:
         told = [
-            scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 4))
+            scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 3))
         ]
         return "\n".join(line for scene in told for line in _retold(scene, rng))
     style = rng.choice((*scenes.STYLES, "answer"))
@@ -85,6 +97,14 @@ def _retold(scene: scenes.Scene, rng: random.Random) -> list[str]:
     """One scene in several styles, each named by its cue, and questions about it."""
     styles = rng.sample((*scenes.STYLES, "answer", "answer"), rng.randint(3, 6))
     return [chunk(scene, style, rng, with_cue=True) for style in styles]
+
+
+def _naming(rng: random.Random) -> list[str]:
+    """` dog this is a dax`, and so on: 2 to 5 things with invented names, each told two or three times."""
+    how_many = rng.randint(2, 5)
+    things, words = rng.sample(scenes.OBJECTS, how_many), rng.sample(scenes.INVENTED, how_many)
+    lines = [f" {thing} this is a {word}" for thing, word in zip(things, words, strict=True)]
+    return [line for _ in range(rng.randint(2, 3)) for line in rng.sample(lines, how_many)]
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -134,7 +154,7 @@ def packed_rows(tokenizer, seed: int, first: int, rows: int, length: int) -> tup
     return torch.tensor(batch), first
 
 
-def pretrain_lm(out: Path, steps: int, device: torch.device) -> tuple[OPTForCausalLM, dict]:
+def pretrain_lm(out: Path, steps: int, device: torch.device) -> dict:
     """Next-token prediction on caption documents. Writes `out/opt`."""
     began = time.time()
     corpus = [document(SEED, "train", 2**41 + i, include_novel=True) for i in range(6000)]
@@ -142,7 +162,7 @@ def pretrain_lm(out: Path, steps: int, device: torch.device) -> tuple[OPTForCaus
     train_tokenizer(corpus, closing=True).save_pretrained(out / "clip")
     model = OPTForCausalLM(
         OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=LM_WIDTH, word_embed_proj_dim=LM_WIDTH, ffn_dim=4 * LM_WIDTH,
+            vocab_size=len(tokenizer), hidden_size=LM_WIDTH, word_embed_proj_dim=LM_WORDS, ffn_dim=4 * LM_WIDTH,
             num_hidden_layers=LM_LAYERS, num_attention_heads=LM_HEADS, max_position_embeddings=LM_POSITIONS,
             dropout=0.0, attention_dropout=0.0, pad_token_id=1, bos_token_id=2, eos_token_id=2,
         )
@@ -171,9 +191,11 @@ def pretrain_lm(out: Path, steps: int, device: torch.device) -> tuple[OPTForCaus
     report = {"lm_parameters": sum(p.numel() for p in model.parameters()), "lm_seconds": round(time.time() - began)}
     held_out = [document(SEED, "test", i, include_novel=False) for i in range(200)]
     report["lm_test_perplexity"] = probes.perplexity(model.cpu(), tokenizer, held_out)
+    named = [_naming(random.Random(f"recall {i}")) for i in range(200)]
+    report["lm_recall_of_a_name"] = probes.recall(model, tokenizer, named)
     model.to(torch.float16).save_pretrained(out / "opt")  # half the bytes; from_pretrained(dtype=float32) widens it
     tokenizer.save_pretrained(out / "opt")
-    return model.float(), report
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------ CLIP
@@ -201,9 +223,9 @@ def patch_names(scene: scenes.Scene, names: dict[str, int]) -> np.ndarray:
 
 
 def encode_image(clip: open_clip.CLIP, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels → class embedding (N, E) and patch embeddings (N, 36, E), the latter through the same projection."""
+    """Pixels → class embedding (N, E) and patch tokens (N, 36, d)."""
     result = clip.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
-    return result["image_features"], result["image_intermediates"][0] @ clip.visual.proj
+    return result["image_features"], result["image_intermediates"][0]
 
 
 def encode_text(clip: open_clip.CLIP, ids: Tensor) -> Tensor:
@@ -228,22 +250,26 @@ def vision_batch(step: int, size: int, phase: str, names: dict[str, int]) -> tup
     return to_pixels([scene.draw() for scene in told]), targets, captions
 
 
-def pretrain_clip(out: Path, word_vectors: Tensor, steps: int, device: torch.device) -> dict:
+def names_in_word_space(lm: OPTForCausalLM, tokenizer, words: list[str]) -> Tensor:
+    """(words, E) what sets each word apart: its word vector less the mean of them all, of length 1."""
+    ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words]
+    vectors = lm.get_input_embeddings().weight.detach()[ids]
+    return F.normalize(vectors - vectors.mean(dim=0), dim=-1)
+
+
+def pretrain_clip(out: Path, lm: OPTForCausalLM, lm_tokenizer, steps: int, device: torch.device) -> dict:
     """Contrastive and dense loss on scenes. Writes `out/clip`, which open_clip loads as `local-dir:`."""
     began = time.time()
     config = json.loads(json.dumps(CLIP_CONFIG))
-    config["text_cfg"] |= {"vocab_size": word_vectors.shape[0], "hf_tokenizer_name": "-"}
-    clip = open_clip.CLIP(**{k: v for k, v in config.items()}, output_dict=False).to(device)
-    with torch.no_grad():
-        clip.token_embedding.weight.copy_(word_vectors / word_vectors.std())
-    clip.token_embedding.requires_grad_(False)
+    config["text_cfg"] |= {"vocab_size": len(lm_tokenizer), "hf_tokenizer_name": "-"}
+    clip = open_clip.CLIP(**config, output_dict=False).to(device)
     tokenizer = open_clip.tokenizer.HFTokenizer(str(out / "clip"), context_length=config["text_cfg"]["context_length"])
 
     words = [*scenes.OBJECTS, *scenes.GROUNDS]
     names = {name: i for i, name in enumerate(words)}
-    name_ids = tokenizer([f" {word}" for word in words]).to(device)
+    name_vectors = names_in_word_space(lm, lm_tokenizer, words).to(device)  # (words, E)
     patches_a_picture = (scenes.IMAGE_SIZE // PATCH) ** 2
-    places = nn.Embedding(patches_a_picture, config["embed_dim"], device=device)  # only for training: not kept
+    places = nn.Linear(config["vision_cfg"]["width"], patches_a_picture, device=device)  # only for training: not kept
     optimizer = make_optimizer([clip, places], lr=1e-3)
     bar = tqdm(range(steps), desc="CLIP", mininterval=10)
     for step in bar:
@@ -253,13 +279,12 @@ def pretrain_clip(out: Path, word_vectors: Tensor, steps: int, device: torch.dev
         phase = "crowd" if step < 0.4 * steps or step % 2 else "captions"
         pixels, targets, captions = vision_batch(step, 128 if phase == "crowd" else 192, phase, names)
         with torch.autocast(device.type, torch.bfloat16):
-            image, patches = encode_image(clip, pixels.to(device))
-            name_vectors = F.normalize(encode_text(clip, name_ids).float(), dim=-1)
+            image, tokens = encode_image(clip, pixels.to(device))
             scale = clip.logit_scale.exp()
-            patches = F.normalize(patches.float(), dim=-1)
-            patch_logits = scale * patches @ name_vectors.T  # (N, 36, words): what is here?
-            place_logits = scale * patches @ F.normalize(places.weight, dim=-1).T  # (N, 36, 36): where is this?
-            where = torch.arange(patches_a_picture, device=device).expand(len(patches), -1)
+            patches = F.normalize((tokens @ clip.visual.proj).float(), dim=-1)  # (N, 36, E)
+            patch_logits = DENSE_SCALE * patches @ name_vectors.T  # (N, 36, words): what is here?
+            place_logits = places(tokens).float()  # (N, 36, 36): where is this?
+            where = torch.arange(patches_a_picture, device=device).expand(len(tokens), -1)
             dense = F.cross_entropy(patch_logits.flatten(0, 1), targets.flatten().to(device))
             loss = dense + 0.5 * F.cross_entropy(place_logits.flatten(0, 1), where.flatten())
             if captions:
@@ -316,11 +341,11 @@ def main() -> None:
     report_file = args.out / "report.json"
     if args.clip_only:
         report = json.loads(report_file.read_text())
-        lm = OPTForCausalLM.from_pretrained(args.out / "opt", dtype=torch.float32)
     else:
-        lm, report = pretrain_lm(args.out, args.lm_steps, device)
+        report = pretrain_lm(args.out, args.lm_steps, device)
         report_file.write_text(json.dumps(report, indent=2) + "\n")
-    report |= pretrain_clip(args.out, lm.get_input_embeddings().weight.detach(), args.clip_steps, device)
+    lm, lm_tokenizer = load_language_model(str(args.out / "opt"))
+    report |= pretrain_clip(args.out, lm, lm_tokenizer, args.clip_steps, device)
     report_file.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

@@ -116,6 +116,7 @@ class StepSampler(Sampler):
     """The examples of each step: shuffled anew every epoch, a function of (seed, step) alone.
 
     first_lessons: in the first epoch this many leading examples come before the rest.
+    skip: leave out the first steps: they were done before the run was stopped.
 
     A batch is as long as its longest text, and what the others lack is padding that costs as much as text. So
     `WINDOW` batches are drawn together, sorted by length and cut into batches of equals, in random order again.
@@ -124,13 +125,20 @@ class StepSampler(Sampler):
     WINDOW = 16
 
     def __init__(
-        self, lengths: Callable[[int], int], size: int, batch_size: int, steps: int, seed: int, first_lessons: int = 0
+        self,
+        lengths: Callable[[int], int],
+        size: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        first_lessons: int = 0,
+        skip: int = 0,
     ):
         self.lengths, self.size, self.batch_size = lengths, size, min(batch_size, size)
-        self.steps, self.seed, self.first_lessons = steps, seed, first_lessons
+        self.steps, self.seed, self.first_lessons, self.skip = steps, seed, first_lessons, skip
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps - self.skip
 
     def __iter__(self) -> Iterator[list[int]]:
         step, epoch = 0, 0
@@ -138,7 +146,8 @@ class StepSampler(Sampler):
             for batch in self._epoch(random.Random(f"{self.seed} {epoch}"), self.first_lessons if epoch == 0 else 0):
                 if step == self.steps:
                     return
-                yield batch
+                if step >= self.skip:
+                    yield batch
                 step += 1
             epoch += 1
 
@@ -155,15 +164,23 @@ class StepSampler(Sampler):
 
 
 def batches(
-    examples: Dataset, collate: Collate, *, batch_size: int, steps: int, seed: int, workers: int = 0, pin: bool = False
+    examples: Dataset,
+    collate: Collate,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    skip: int = 0,
+    workers: int = 0,
+    pin: bool = False,
 ) -> DataLoader:
-    """`steps` batches of `batch_size` examples.
+    """`steps` batches of `batch_size` examples, but for the first `skip`.
 
     `examples.length(i)` is any measure of how long its longest text is, `examples.first_lessons` how many come first.
 
     workers: processes that prepare batches ahead; 0 prepares on demand.
     """
-    sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed, examples.first_lessons)
+    sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed, examples.first_lessons, skip)
     return DataLoader(
         examples, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin,
         persistent_workers=workers > 0,

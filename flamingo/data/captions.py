@@ -17,12 +17,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flamingo.data.batches import Example
 from flamingo.errors import InputError
+from flamingo.preprocess import to_rgb
 from flamingo.processor import EOC_TOKEN, MEDIA_TOKEN, Chunk
 
 FILE_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -33,20 +34,6 @@ VALIDATION_SHARE = 0.05  # held out of the training split when the set brings no
 
 
 # ------------------------------------------------------------------------------------------------- pictures
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode → RGB, upright: transparency falls on white, 16 bits become 8."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: convert() would clip at 255
-        _, high = picture.convert("F").getextrema()
-        scale = 255 / 65535 if high > 255 else 1
-        return picture.convert("F").point(lambda value: value * scale).convert("L").convert("RGB")
-    if picture.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(ground, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
 def open_picture(value: dict, *, thumbnail: bool = False) -> Image.Image:
     """What `datasets` holds of an undecoded picture ({"bytes", "path"}) → RGB.
 

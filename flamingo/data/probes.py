@@ -90,6 +90,16 @@ def retrieval(clip, tokenizer, to_pixels) -> dict[str, float]:
 
 
 @torch.no_grad()
+def recall(lm, tokenizer, documents: list[list[str]]) -> float:
+    """How often the model gives the last line of each document its right last word, having read it in a line before."""
+    right = 0
+    for lines in documents:
+        ids = torch.tensor([tokenizer("\n".join(lines)).input_ids])
+        right += int(lm(input_ids=ids).logits[0, -2].argmax() == ids[0, -1])
+    return right / len(documents)
+
+
+@torch.no_grad()
 def perplexity(lm, tokenizer, texts: list[str]) -> float:
     """exp of the mean loss per token, each text read from its beginning."""
     total, count = 0.0, 0

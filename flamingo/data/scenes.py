@@ -47,8 +47,8 @@ _EMOJI_NAME = {
     "shirt": "t-shirt", "tree": "evergreen_tree", "moon": "crescent_moon",
 }  # fmt: skip
 _IRREGULAR_PLURAL = {
-    "mouse": "mice", "wolf": "wolves", "sheep": "sheep", "deer": "deer", "fish": "fish",
-    "shrimp": "shrimp", "tomato": "tomatoes", "volcano": "volcanoes",
+    "mouse": "mice", "wolf": "wolves", "sheep": "sheep", "deer": "deer", "fish": "fish", "jellyfish": "jellyfish",
+    "shrimp": "shrimp", "tomato": "tomatoes", "volcano": "volcanoes", "snowman": "snowmen",
 }  # fmt: skip
 _AN_EXCEPTIONS = ("unicorn",)  # starts with a vowel letter but not with a vowel sound
 
@@ -67,6 +67,8 @@ CUES = {
     "sentence": "In a sentence:", "list": "As a list:", "quiz": "As a quiz:", "telegram": "As a telegram:",
     "story": "As a story:",
 }  # fmt: skip
+# Words that mean nothing until an example says what they name: for learning a name from one showing (`naming`).
+INVENTED = ("blick", "dax", "wug", "fep", "toma", "zib", "kivo", "lorp", "gazzer", "pimwit", "tulver", "modi")
 SPLITS = ("train", "validation", "test", "novel")
 _COUNTS = {1: "one", 2: "two", 3: "three"}
 
@@ -157,12 +159,20 @@ def _who(scene: Scene) -> str:
     return and_join([with_article(name) for name in scene.names])
 
 
+def _nearest_to_the_middle(scene: Scene) -> int:
+    """Which of two objects stands in the middle column (of a row) or row (of a column); the first if neither does."""
+    side = 0 if scene.layout == "row" else 1
+    places = [(placed.box[side] + placed.box[side + 2]) / 2 for placed in scene.objects]
+    return 1 if abs(places[1] - IMAGE_SIZE / 2) < CELL / 2 else 0
+
+
 def _sentence(scene: Scene) -> str:
     if scene.layout in _SIDES:
-        # The alphabetically first object is named first, so the side has to be seen, not assumed.
-        first, second = sorted(scene.names)
-        side = _SIDES[scene.layout][scene.names.index(first)]
-        who = f"{with_article(first)} {side} {with_article(second)}"
+        # The object in the middle of the picture is named first, so the side has to be seen, not assumed.
+        first = _nearest_to_the_middle(scene)
+        second = 1 - first
+        side = _SIDES[scene.layout][first]
+        who = f"{with_article(scene.names[first])} {side} {with_article(scene.names[second])}"
     elif scene.layout == "three":
         left, middle, right = (with_article(name) for name in scene.names)
         who = f"{middle} between {left} and {right}"

@@ -1,0 +1,276 @@
+"""FlamingoModel: the same Flamingo behind the Hugging Face API.
+
+What this file teaches: what a model needs in order to behave as users of transformers expect, and how little of it has
+to touch the model. `FlamingoModel` holds a `Flamingo`, translates arguments (the names are flamingo-mini's), and lets
+everything else through:
+
+    model = FlamingoModel.from_pretrained("runs/classroom")         a run folder, or a repository on the hub
+    processor = FlamingoProcessor.from_pretrained("runs/classroom")
+    inputs = processor(images=[picture], text=["<image> a"])
+    model.generate(**inputs, num_beams=3)                           every strategy transformers offers
+    model.generate_captions(processor, images=[picture])            one caption for each picture
+
+It is registered with AutoConfig, AutoModelForImageTextToText and AutoProcessor when this file is imported.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flamingo.build import build_flamingo
+from flamingo.checkpoint import find_folder, load_model, save_model
+from flamingo.config import FlamingoConfig
+from flamingo.language_model import FlamingoLayer
+from flamingo.modeling import Flamingo
+from flamingo.processor import MEDIA_TOKEN, FlamingoProcessor
+
+
+class FlamingoModel(PreTrainedModel, GenerationMixin):
+    """A Flamingo with the methods of a Hugging Face model.
+
+    `FlamingoModel(config)` loads the two frozen backbones by name and makes fresh trained parts;
+    `FlamingoModel.from_pretrained(folder_or_hub_name)` also loads what was trained.
+
+    Attributes: flamingo, the model itself; processor, the `FlamingoProcessor` that belongs to it.
+    """
+
+    config_class = FlamingoConfig
+    base_model_prefix = "flamingo"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+
+    def __init__(self, config: FlamingoConfig, parts: tuple[Flamingo, FlamingoProcessor] | None = None):
+        super().__init__(config)
+        self.flamingo, self.processor = parts or build_flamingo(config)
+
+    # ------------------------------------------------------------------------------------------ load and save
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *_, dtype=None, **options) -> "FlamingoModel":
+        """The model of a run folder, or of a repository on the hub.
+
+        dtype: of all weights; float32 if not given. options: revision, token, cache_dir and local_files_only of a hub.
+        Raises InputError when there is no such folder, a file is damaged, or a backbone is not the right one.
+        """
+        flamingo, processor, config = load_model(find_folder(pretrained_model_name_or_path, options))
+        model = cls(config, (flamingo, processor)).eval()
+        return model if dtype in (None, "auto") else model.to(dtype)
+
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **hub_options) -> None:
+        """Write config, trained tensors (nothing frozen), tokenizer and preprocessing: what `from_pretrained` reads."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, self.flamingo, self.processor, self.config)
+        if push_to_hub:
+            self.push_to_hub(hub_options.pop("repo_id", folder.name), **hub_options)
+
+    # --------------------------------------------------------------------------------------------- what trains
+    def freeze_vm(self) -> None:
+        """Freeze the vision encoder (it always is: nothing in this repository trains it)."""
+        self.flamingo.vision_encoder.requires_grad_(False)
+
+    def freeze_lm(self) -> None:
+        """Freeze the language model; cross-attention and the two added words go on training."""
+        self._set_lm(False)
+
+    def unfreeze_lm(self) -> None:
+        """Train the language model too. Its weights are then in the checkpoint."""
+        self._set_lm(True)
+
+    def _set_lm(self, trains: bool) -> None:
+        self.flamingo.train_language_model(trains)
+        self.config.freeze_language_model = not trains
+
+    def parameters_trainable(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.flamingo.parameters() if parameter.requires_grad)
+
+    def state_dict_trainable(self) -> dict[str, Tensor]:
+        """Name → tensor of what trains, as in the checkpoint."""
+        return self.flamingo.trainable_state_dict()
+
+    def get_modified_layers(self) -> list[FlamingoLayer]:
+        """The decoder layers that look at pictures, first to last."""
+        return self.flamingo.lang_encoder._get_decoder_layers()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.flamingo.lang_encoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.flamingo.lang_encoder.get_output_embeddings()
+
+    # ------------------------------------------------------------------------------------------------ pictures
+    @torch.no_grad()
+    def encode_resample_visuals(self, pixel_values: Tensor) -> Tensor:
+        """Pixels → visual_features (B, T_img, n, d), which forward and generate take in place of pixels.
+
+        pixel_values: (B, T_img, F, C, H, W); without F still pictures; (T_img, C, H, W) is one text with T_img
+        pictures, as in flamingo-mini.
+        """
+        pixel_values = self._six_dimensional(pixel_values, texts=1)
+        texts = len(pixel_values)
+        bank = self.flamingo.encode_images(rearrange(pixel_values, "B T F C H W -> (B T) F C H W"))
+        index = torch.arange(len(bank), device=bank.device).view(texts, -1)
+        return rearrange(self.flamingo.tokenize_images(bank, index), "(B T) n d -> B T n d", B=texts)
+
+    @staticmethod
+    def _six_dimensional(pixel_values: Tensor, texts: int) -> Tensor:
+        """→ (B, T_img, F, C, H, W). Four dimensions are one picture for each text, or all for a single text."""
+        if pixel_values.ndim == 4 and len(pixel_values) == texts:
+            return rearrange(pixel_values, "B C H W -> B 1 1 C H W")
+        if pixel_values.ndim == 4 and texts == 1:
+            return rearrange(pixel_values, "T C H W -> 1 T 1 C H W")
+        if pixel_values.ndim == 5 and len(pixel_values) == texts:
+            return rearrange(pixel_values, "B T C H W -> B T 1 C H W")
+        if pixel_values.ndim == 6 and len(pixel_values) == texts or (texts == 1 and pixel_values.ndim > 4):
+            return pixel_values if pixel_values.ndim == 6 else rearrange(pixel_values, "B T C H W -> B T 1 C H W")
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)} do not fit {texts} texts: give (B, C, H, W), "
+            "(B, T_img, C, H, W) or (B, T_img, F, C, H, W)"
+        )
+
+    def _pictures(
+        self,
+        input_ids: Tensor,
+        media_locations: Tensor | None,
+        pixel_values: Tensor | None,
+        visual_features: Tensor | None,
+        image_index: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """→ the bank of latents (N, n, d) and image_index (B, T_img); None and None if there are no pictures.
+
+        Only pictures that a text has an <image> for are encoded: what pads the others is left out.
+        """
+        if pixel_values is None and visual_features is None:
+            return None, None
+        if pixel_values is not None and visual_features is not None:
+            raise ValueError("give pixel_values or visual_features, not both")
+        if image_index is not None:
+            given = {"latents": visual_features} if pixel_values is None else {"pixel_values": pixel_values}
+            return self.flamingo.prepare_images(**given, image_index=image_index)
+        bank = visual_features
+        if pixel_values is not None:
+            bank = self._six_dimensional(pixel_values, len(input_ids))
+        elif bank.ndim != 4:
+            raise ValueError(f"visual_features must be (B, T_img, n, d), not of shape {tuple(bank.shape)}")
+        if len(bank) != len(input_ids):
+            raise ValueError(f"pictures for {len(bank)} texts, but {len(input_ids)} texts")
+        tags = (input_ids == self.flamingo.media_token_id if media_locations is None else media_locations.bool()).sum(1)
+        used = torch.arange(bank.shape[1], device=bank.device) < tags[:, None]  # (B, T_img)
+        if (tags > bank.shape[1]).any():
+            row = int((tags > bank.shape[1]).nonzero()[0])
+            raise ValueError(f"text {row} has {int(tags[row])} <image> tags but {bank.shape[1]} pictures")
+        if not used.any():
+            return None, None
+        index = torch.where(used, used.flatten().cumsum(0).view_as(used) - 1, -1)
+        name = "latents" if pixel_values is None else "pixel_values"
+        return self.flamingo.prepare_images(**{name: bank[used]}, image_index=index)
+
+    # ------------------------------------------------------------------------------------- forward and generate
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        media_locations: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        **lm_options,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T_txt, vocabulary) of the next token, and the mean loss if there are labels.
+
+        Args:
+            input_ids, attention_mask, labels: (B, T_txt); labels are -100 where there is no loss.
+            media_locations: (B, T_txt) bool; at the <image> tokens if not given. With past_key_values, of the whole
+                text so far.
+            pixel_values: see `encode_resample_visuals`; visual_features: what it returns. Neither: no pictures.
+            image_index: (B, T_img); pixel_values or visual_features are then a bank (N, …), see `Flamingo`.
+            past_key_values, use_cache, lm_options (output_hidden_states, …): the language model's own.
+        """
+        latents, index = self._pictures(input_ids, media_locations, pixel_values, visual_features, image_index)
+        with self.flamingo.fuse(latents, index, media_locations=media_locations):
+            output = self.flamingo.lang_encoder(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
+                use_cache=use_cache, **lm_options,
+            )  # fmt: skip
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+            output.loss = loss / (targets != -100).sum().clamp(min=1)
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        media_locations: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        **generation_options,
+    ) -> Tensor:
+        """Continue texts, prompt included: `Flamingo.generate` with the arguments of `forward`."""
+        latents, index = self._pictures(input_ids, media_locations, pixel_values, visual_features, image_index)
+        pictures = {"blind": True} if latents is None else {"latents": latents, "image_index": index}
+        return self.flamingo.generate(
+            input_ids, attention_mask, **pictures, media_locations=media_locations, **generation_options
+        )
+
+    def generate_captions(
+        self,
+        processor: FlamingoProcessor,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        pixel_values: Tensor | None = None,
+        prompt: str = MEDIA_TOKEN,
+        **generation_options,
+    ) -> list[str]:
+        """One caption for each picture (with num_return_sequences=k, k for each, side by side).
+
+        images: PIL pictures or files. pixel_values: (N, C, H, W) or (N, F, C, H, W) instead. prompt: with one <image>;
+        it is not part of what comes back.
+        """
+        if (images is None) == (pixel_values is None):
+            raise ValueError("give images or pixel_values, one of them")
+        if prompt.count(MEDIA_TOKEN) != 1:
+            raise ValueError(f"the prompt {prompt!r} must have exactly one {MEDIA_TOKEN}: each picture has a text")
+        if pixel_values is None:
+            pixel_values = processor.preprocess_images(images)
+        elif pixel_values.ndim == 4:
+            pixel_values = rearrange(pixel_values, "N C H W -> N 1 C H W")
+        text = processor.encode_text([prompt] * len(pixel_values)).to(self.device)
+        generated = self.generate(
+            **text, pixel_values=pixel_values.to(self.device, self.dtype)[:, None], **generation_options
+        )
+        return processor.decode_captions(generated, text["input_ids"].shape[1])
+
+    def score_sequences(
+        self,
+        input_ids: Tensor,
+        candidates: Sequence[Sequence[int]],
+        attention_mask: Tensor | None = None,
+        media_locations: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        mean: bool = False,
+    ) -> Tensor:
+        """Log-likelihood (B, K) of K candidate continuations: `Flamingo.score_sequences` with these arguments."""
+        latents, index = self._pictures(input_ids, media_locations, pixel_values, visual_features, image_index)
+        return self.flamingo.score_sequences(
+            input_ids, candidates, attention_mask, latents=latents, image_index=index, media_locations=media_locations,
+            mean=mean,
+        )  # fmt: skip
+
+
+AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig, exist_ok=True)
+AutoModelForImageTextToText.register(FlamingoConfig, FlamingoModel, exist_ok=True)
+AutoProcessor.register(FlamingoConfig, FlamingoProcessor, exist_ok=True)

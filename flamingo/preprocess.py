@@ -1,0 +1,68 @@
+"""A picture, whatever its mode and size → the tensor an encoder was trained on.
+
+What this file teaches: preprocessing is part of a model. It is therefore saved with it, as plain settings, and made
+again from them; no weights are needed for that.
+"""
+
+import json
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from flamingo.errors import InputError
+
+FILE = "preprocessor_config.json"
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode → RGB, upright: transparency falls on white, 16 bits become 8."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: convert() would clip at 255
+        _, high = picture.convert("F").getextrema()
+        scale = 255 / 65535 if high > 255 else 1
+        return picture.convert("F").point(lambda value: value * scale).convert("L").convert("RGB")
+    if picture.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(ground, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+class Preprocess:
+    """PIL picture → (C, H, W), by settings that JSON can hold.
+
+    settings: {"library": "open_clip", …} with the fields of open_clip's PreprocessCfg, or {"library": "transformers", …}
+    with those of a CLIPImageProcessor.
+    """
+
+    def __init__(self, settings: dict):
+        self.settings = settings
+        rest = {name: value for name, value in settings.items() if name not in ("library", "processor_class")}
+        if settings.get("library") == "open_clip":
+            from open_clip.transform import PreprocessCfg, image_transform_v2
+
+            self._apply = image_transform_v2(PreprocessCfg(**rest), is_train=False)
+        elif settings.get("library") == "transformers":
+            from transformers import CLIPImageProcessor
+
+            processor = CLIPImageProcessor.from_dict(rest)
+            self._apply = lambda picture: processor(images=picture, return_tensors="pt").pixel_values[0]
+        else:
+            raise InputError(f"preprocessing of an unknown library: {settings.get('library')!r}")
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self._apply(to_rgb(picture))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Preprocess":
+        try:
+            return cls(json.loads((folder / FILE).read_text()))
+        except FileNotFoundError:
+            raise InputError(f"{folder} does not say how pictures are prepared: it has no {FILE}") from None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{folder / FILE} is damaged: {error}") from None
+
+    def save(self, folder: Path) -> None:
+        settings = self.settings | {"processor_class": "FlamingoProcessor"}  # for AutoProcessor
+        (folder / FILE).write_text(json.dumps(settings, indent=2) + "\n")
