@@ -25,6 +25,10 @@ _WHERE = {
     "build_flamingo": "build",
     "load_model": "checkpoint",
     "save_model": "checkpoint",
+    "import_weights": "peers",
+    "open_flamingo_settings": "peers",
+    "config_from_flamingo_mini": "peers",
+    "rename_flamingo_pytorch": "peers",
     "InputError": "errors",
 }
 __all__ = list(_WHERE)

@@ -44,7 +44,9 @@ def build_flamingo(config: FlamingoConfig) -> tuple[Flamingo, FlamingoProcessor]
     """
     if not config.freeze_vision_model:
         raise InputError("freeze_vision_model must be true: Flamingo's vision encoder is frozen")
-    vision_encoder = load_vision_encoder(config.clip_model_type, norm=config.vision_feature_norm)
+    vision_encoder = load_vision_encoder(
+        config.clip_model_type, norm=config.vision_feature_norm, class_token=config.vision_class_token
+    )
     lm, tokenizer = load_language_model(config.lm)
     config.dim = _check("dim", config.dim, lm.config.hidden_size)
     config.dim_visual = _check("dim_visual", config.dim_visual, vision_encoder.dim)

@@ -23,6 +23,7 @@ class FlamingoConfig(PreTrainedConfig):
         only_attend_immediate_media: a token sees the last picture before it (True), or all pictures before it.
         vision_feature_norm: patch features after the encoder's final norm (True) or before it, as
             open_flamingo and flamingo-mini were trained.
+        vision_class_token: the encoder's class token stands before the patches (True: flamingo-mini) or is left out.
         decoder_layers_attr_name: where the language model's layers are, when they cannot be found.
         lm_fingerprint, vision_fingerprint: of the frozen weights this model was trained with; filled in by us.
     """
@@ -55,6 +56,7 @@ class FlamingoConfig(PreTrainedConfig):
     freeze_vision_model: bool = True
     only_attend_immediate_media: bool = True
     vision_feature_norm: bool = True
+    vision_class_token: bool = False
     decoder_layers_attr_name: str | None = None
     lm_fingerprint: str | None = None
     vision_fingerprint: str | None = None

@@ -1,7 +1,8 @@
 """Any frozen picture encoder, as one thing: pixels in, patch features out.
 
 What this file teaches: CLIP is trained to give one vector a picture, but Flamingo wants more: the tokens of the
-patches, which still know where things are. They are read here off the last layer, without the class token.
+patches, which still know where things are. They are read here off the last layer, without the class token (unless
+asked for: flamingo-mini was trained with it, first of the v).
 
     (N, C, H, W) pixels  →  (N, v, d) features          v patches, d wide
 
@@ -44,10 +45,17 @@ class VisionEncoder(nn.Module):
         preprocess: a PIL picture → (C, H, W) tensor, as the encoder was trained.
     """
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool):
+    def __init__(
+        self,
+        tower: nn.Module,
+        name: str,
+        preprocess: Preprocess,
+        norm: bool = True,
+        class_token: bool = False,
+    ):
         super().__init__()
         self.tower = tower.requires_grad_(False).eval()
-        self.name, self.preprocess, self.norm = name, preprocess, norm
+        self.name, self.preprocess, self.norm, self.class_token = name, preprocess, norm, class_token
         self.fingerprint = fingerprint(tower)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
@@ -69,8 +77,11 @@ class VisionEncoder(nn.Module):
 class OpenClipEncoder(VisionEncoder):
     """An open_clip tower, built-in or timm."""
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool):
-        super().__init__(tower, name, preprocess, norm)
+    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool = True, class_token: bool = False):
+        super().__init__(tower, name, preprocess, norm, class_token)
+        trunk = getattr(tower, "trunk", tower)  # timm's tower inside open_clip's
+        if class_token and getattr(trunk, "cls_token", getattr(trunk, "class_embedding", None)) is None:
+            raise InputError(f"the vision encoder {name} has no class token: set vision_class_token to false")
         size = tower.image_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         with torch.no_grad():  # timm towers do not tell their width: ask with a blank picture
@@ -79,9 +90,12 @@ class OpenClipEncoder(VisionEncoder):
     def patch_features(self, pixel_values: Tensor) -> Tensor:
         # The way that serves timm towers as well; `visual(x)[1]` would silently be their second picture.
         result = self.tower.forward_intermediates(
-            pixel_values, indices=1, normalize_intermediates=self.norm, intermediates_only=True, output_fmt="NLC"
-        )
+            pixel_values, indices=1, normalize_intermediates=self.norm, intermediates_only=True, output_fmt="NLC",
+            output_extra_tokens=self.class_token,
+        )  # fmt: skip
         features = result["image_intermediates"][-1]
+        if self.class_token:  # the first of the extra tokens; timm towers may have others
+            features = torch.cat([result["image_intermediates_prefix"][-1][:, :1], features], dim=1)
         if features.ndim == 4:  # a convolutional timm tower
             features = rearrange(features, "N d H W -> N (H W) d")
         return features
@@ -90,13 +104,14 @@ class OpenClipEncoder(VisionEncoder):
 class HuggingFaceClipEncoder(VisionEncoder):
     """The vision half of a Hugging Face CLIP."""
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool):
-        super().__init__(tower, name, preprocess, norm)
+    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool = True, class_token: bool = False):
+        super().__init__(tower, name, preprocess, norm, class_token)
         self.image_size = (tower.config.image_size, tower.config.image_size)
         self.dim = tower.config.hidden_size
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
-        tokens = self.tower(pixel_values=pixel_values).last_hidden_state[:, 1:]  # (N, v, d), before the final norm
+        tokens = self.tower(pixel_values=pixel_values).last_hidden_state  # (N, 1 + v, d), before the final norm
+        tokens = tokens if self.class_token else tokens[:, 1:]
         post_layernorm = getattr(self.tower, "vision_model", self.tower).post_layernorm
         return post_layernorm(tokens) if self.norm else tokens
 
@@ -112,7 +127,7 @@ def _quick_gelu_must_match(model_name: str, pretrained: str) -> None:
         raise InputError(f"the weights {pretrained} were trained {what} QuickGELU: ask for {other}:{pretrained}")
 
 
-def _load_open_clip(name: str, norm: bool) -> VisionEncoder:
+def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
     import open_clip
 
     folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
@@ -137,7 +152,7 @@ def _load_open_clip(name: str, norm: bool) -> VisionEncoder:
     except Exception as error:  # missing weights, no network, a wrong file: open_clip has no exception of its own
         raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
     preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
-    return OpenClipEncoder(clip.visual, name, preprocess, norm)  # the text tower is dropped
+    return OpenClipEncoder(clip.visual, name, preprocess, norm, class_token)  # the text tower is dropped
 
 
 @contextlib.contextmanager
@@ -150,7 +165,7 @@ def _quiet_open_clip() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _load_hugging_face_clip(name: str, norm: bool) -> VisionEncoder:
+def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     try:
@@ -160,28 +175,30 @@ def _load_hugging_face_clip(name: str, norm: bool) -> VisionEncoder:
         raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
 
     preprocess = Preprocess({"library": "transformers", **json.loads(processor.to_json_string())})
-    return HuggingFaceClipEncoder(tower, name, preprocess, norm)
+    return HuggingFaceClipEncoder(tower, name, preprocess, norm, class_token)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_vision_encoder(name: str, *, norm: bool = True) -> VisionEncoder:
+def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = False) -> VisionEncoder:
     """Load a frozen encoder by name (see the top of this file).
 
     norm: features after the tower's final norm; False reproduces what open_flamingo and flamingo-mini were trained
     on (the option `vision_feature_norm`).
+    class_token: keep the class token, as the first of the v, as flamingo-mini does (the option `vision_class_token`).
 
-    Raises InputError when the name is unknown, the weights are missing, or QuickGELU does not match.
+    Raises InputError when the name is unknown, the weights are missing, QuickGELU does not match, or a class token is
+    asked of a tower that has none.
     """
     if name.startswith("asset:"):
-        return _load_open_clip(f"local-dir:{resolve(name)}", norm)
+        return _load_open_clip(f"local-dir:{resolve(name)}", norm, class_token)
     if name.startswith(("hf-hub:", "local-dir:")) or (":" in name and "/" not in name.partition(":")[0]):
-        return _load_open_clip(name, norm)
+        return _load_open_clip(name, norm, class_token)
     if "/" not in name and not Path(name).is_dir():
         raise InputError(
             f"cannot tell what vision encoder {name!r} is: write NAME:PRETRAINED for open_clip "
             "(ViT-L-14-quickgelu:openai), hf-hub:…, local-dir:…, or a Hugging Face CLIP id or folder"
         )
-    return _load_hugging_face_clip(name, norm)
+    return _load_hugging_face_clip(name, norm, class_token)

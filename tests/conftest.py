@@ -36,16 +36,23 @@ def tiny_lm(vocab_size: int = 50, layers: int = 2) -> OPTForCausalLM:
     return OPTForCausalLM(config).eval()
 
 
-def tiny_flamingo(*, open_gates: bool = True, seed: int = 0, vocab_size: int = 50, **options) -> Flamingo:
-    """open_gates: gates as after training, so that pictures matter; False as at the start."""
+def tiny_flamingo(
+    *,
+    open_gates: bool = True,
+    seed: int = 0,
+    vocab_size: int = 50,
+    lm: OPTForCausalLM | None = None,
+    **options,
+) -> Flamingo:
+    """open_gates: gates as after training, so that pictures matter; False as at the start. lm: a given one."""
     torch.manual_seed(seed)
     shape = {
         "xattn_dim_head": 8, "xattn_heads": 4, "resampler_depth": 2, "resampler_dim_head": 8, "resampler_heads": 2,
         "resampler_num_latents": 3, "resampler_num_time_embeds": 2,
     } | options  # fmt: skip
     model = Flamingo(
-        TinyEncoder(), tiny_lm(vocab_size), media_token_id=IMAGE, eoc_token_id=EOC, pad_token_id=PAD, dim_visual=12,
-        **shape,
+        TinyEncoder(), lm or tiny_lm(vocab_size), media_token_id=IMAGE, eoc_token_id=EOC, pad_token_id=PAD,
+        dim_visual=12, **shape,
     )  # fmt: skip
     if open_gates:
         with torch.no_grad():

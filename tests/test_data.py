@@ -75,7 +75,8 @@ def test_novel_objects_are_only_in_the_novel_split():
     [("apple", "an apple", "apples"), ("unicorn", "a unicorn", "unicorns"), ("cherry", "a cherry", "cherries"),
      ("fox", "a fox", "foxes"), ("church", "a church", "churches"), ("monkey", "a monkey", "monkeys"),
      ("mouse", "a mouse", "mice"), ("wolf", "a wolf", "wolves"), ("sheep", "a sheep", "sheep"),
-     ("tomato", "a tomato", "tomatoes"), ("bus", "a bus", "buses"), ("umbrella", "an umbrella", "umbrellas")],
+     ("tomato", "a tomato", "tomatoes"), ("bus", "a bus", "buses"), ("snowman", "a snowman", "snowmen"), ("jellyfish", "a jellyfish", "jellyfish"),
+     ("umbrella", "an umbrella", "umbrellas")],
 )  # fmt: skip
 def test_articles_and_plurals(name, one, many):
     assert scenes.with_article(name) == one and scenes.plural(name) == many

@@ -50,7 +50,8 @@ def test_a_timm_tower_gives_tokens_for_every_picture(tmp_path):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_a_hugging_face_clip(tmp_path, norm):
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_hugging_face_clip(tmp_path, norm, class_token):
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
@@ -59,14 +60,42 @@ def test_a_hugging_face_clip(tmp_path, norm):
     tower.save_pretrained(tmp_path)
     size = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(tmp_path)
-    encoder = load_vision_encoder(str(tmp_path), norm=norm)
+    encoder = load_vision_encoder(str(tmp_path), norm=norm, class_token=class_token)
     pixels = torch.randn(2, 3, 32, 32)
-    tokens = tower(pixels).last_hidden_state[:, 1:]
+    tokens = tower(pixels).last_hidden_state[:, 0 if class_token else 1 :]
     post_layernorm = getattr(tower, "vision_model", tower).post_layernorm
     torch.testing.assert_close(encoder(pixels), post_layernorm(tokens) if norm else tokens)
     from PIL import Image
 
     assert encoder.preprocess(Image.new("L", (50, 40))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("timm", [False, True])
+def test_the_class_token_stands_before_the_patches_when_asked_for(tmp_path, timm, norm):
+    timm_vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "token",
+                   "image_size": 224}  # fmt: skip
+    clip = save_open_clip(tmp_path / "clip", TINY | {"vision_cfg": timm_vision} if timm else TINY)
+    name = f"local-dir:{tmp_path / 'clip'}"
+    without = load_vision_encoder(name, norm=norm)
+    encoder = load_vision_encoder(name, norm=norm, class_token=True)
+    assert encoder.dim == without.dim
+    pixels = torch.randn(2, 3, *encoder.image_size)
+    features = encoder(pixels)
+    torch.testing.assert_close(features[:, 1:], without(pixels))
+    if timm:  # timm gives class token and patches together, after its final norm
+        if norm:
+            torch.testing.assert_close(features, clip.visual.eval().trunk.forward_features(pixels))
+    else:  # what CLIP compares with text is the projected class token
+        pooled = features[:, 0] if norm else clip.visual.ln_post(features[:, 0])
+        torch.testing.assert_close(pooled @ clip.visual.proj, clip.visual.eval()(pixels))
+
+
+def test_a_tower_without_a_class_token_says_so(tmp_path):
+    vision = {"timm_model_name": "resnet10t", "timm_model_pretrained": False, "timm_pool": "avg", "image_size": 32}
+    save_open_clip(tmp_path / "clip", TINY | {"vision_cfg": vision})
+    with pytest.raises(InputError, match="has no class token: set vision_class_token to false"):
+        load_vision_encoder(f"local-dir:{tmp_path / 'clip'}", class_token=True)
 
 
 def test_quickgelu_mismatch_is_an_error_before_anything_is_downloaded():
