@@ -13,6 +13,7 @@ from flamingo.captioning import caption, encode_pictures
 from flamingo.data import scenes
 from flamingo.data.sources import captioned_splits
 from flamingo.errors import InputError
+from flamingo.evaluation.metrics import normalise
 from flamingo.modeling import Flamingo
 from flamingo.options import TrainingOptions
 from flamingo.processor import FlamingoProcessor
@@ -27,11 +28,6 @@ class Item:
     prompt: str
     truths: Sequence[str]
     group: str
-
-
-def normalise(text: str) -> str:
-    """Case and spaces do not count; everything else does."""
-    return " ".join(text.lower().split())
 
 
 def classroom_items(split: str, n: int, seed: int) -> list[Item]:
