@@ -33,7 +33,8 @@ class DecoupledEmbedding(nn.Embedding):
     def __init__(self, embedding: nn.Embedding, first_id: int, count: int):
         rows, dim = embedding.weight.shape
         _check_ids(first_id, count, rows)
-        super().__init__(rows, dim, embedding.padding_idx, _weight=embedding.weight, _freeze=True)
+        super().__init__(rows, dim, embedding.padding_idx, device="meta")
+        self.weight = embedding.weight.requires_grad_(False)  # shared, not copied: it may also be the head's
         self.first_id, self.count = first_id, count
         self.scale = getattr(embedding, "embed_scale", 1.0)  # BioGPT and Gemma multiply their word vectors
         mean = embedding.weight.detach().float().mean(dim=0)

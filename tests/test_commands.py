@@ -178,7 +178,7 @@ def test_other_backbone_weights_are_refused(finished, tmp_path):
     with pytest.raises(InputError, match="dim_visual=1024, but the backbone has 192"):
         load_model(folder)
     (folder / "config.json").write_text(json.dumps(config | {"freeze_vision_model": False}))
-    with pytest.raises(InputError, match="trains neither"):
+    with pytest.raises(InputError, match="vision encoder is frozen"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
