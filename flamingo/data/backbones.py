@@ -42,11 +42,11 @@ from flamingo.data.probes import PATCH
 from flamingo.training import warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
-# The word vectors are narrower than the layers, as in OPT-350m: with more objects than dimensions, what maps pictures to
-# the words of the objects that were trained also maps those of the others.
-LM_WIDTH, LM_WORDS, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 64, 4, 6, 512
+LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
+WORD_SPACE = 64  # dimensions that the word vectors begin in, fewer than there are objects (see pretrain_lm)
+WORDS = [*scenes.OBJECTS, *scenes.INVENTED]
 CLIP_CONFIG = {
-    "embed_dim": LM_WORDS,  # pictures, captions and words in one space
+    "embed_dim": LM_WIDTH,  # pictures, captions and the words of the language model in one space
     "vision_cfg": {"image_size": scenes.IMAGE_SIZE, "patch_size": PATCH, "width": 192, "layers": 4, "head_width": 32},
     # vocab_size is filled in
     "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 2, "pool_type": "eos", "eos_id": 2,
@@ -69,20 +69,22 @@ def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -
 
 
 def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
-    """Three kinds of document, a line for each caption.
+    """Four kinds of document, a line for each caption.
 
-    Four in ten tell 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. Four in ten
+    A third tells 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. Three in ten
     tell *one* scene in several styles and ask about it: there the next word can be known from the lines before, so
     the model learns to be sure of a name. (A model that has only ever guessed names cannot say
-    one with confidence, whatever it is shown: its word vectors lie too close together.) Two in ten give invented names
-    to things and use them again: whoever wants to predict these has to look up what a thing was called.
+    one with confidence, whatever it is shown: its word vectors lie too close together.) A fifth gives invented names to
+    things and uses them again, and the rest repeats a row of words: nothing to learn but to look up what was said.
     """
     rng = random.Random(f"document {seed} {split} {index}")
     first = rng.randrange(2**40)
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.15:
+        return "\n".join([" " + " ".join(rng.choices(WORDS, k=rng.randint(3, 10)))] * rng.randint(2, 3))
+    if kind < 0.35:
         return "\n".join(_naming(rng))
-    if kind < 0.6:
+    if kind < 0.65:
         told = [
             scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 3))
         ]
@@ -100,10 +102,10 @@ def _retold(scene: scenes.Scene, rng: random.Random) -> list[str]:
 
 
 def _naming(rng: random.Random) -> list[str]:
-    """` dog this is a dax`, and so on: 2 to 5 things with invented names, each told two or three times."""
+    """` dog dax`, ` cat wug`, …: 2 to 5 things with invented names, each told two or three times."""
     how_many = rng.randint(2, 5)
     things, words = rng.sample(scenes.OBJECTS, how_many), rng.sample(scenes.INVENTED, how_many)
-    lines = [f" {thing} this is a {word}" for thing, word in zip(things, words, strict=True)]
+    lines = [f" {thing} {word}" for thing, word in zip(things, words, strict=True)]
     return [line for _ in range(rng.randint(2, 3)) for line in rng.sample(lines, how_many)]
 
 
@@ -154,6 +156,15 @@ def packed_rows(tokenizer, seed: int, first: int, rows: int, length: int) -> tup
     return torch.tensor(batch), first
 
 
+@torch.no_grad()
+def _spread_words(vectors: Tensor) -> None:
+    """Word vectors (V, D) far apart from the start: tied as they are, they are also the answers, and at the usual 0.02
+    no hidden state could name one with confidence. And all in WORD_SPACE dimensions: with more objects than dimensions,
+    what maps pictures of *some* objects to their words maps those of the others too."""
+    plane = torch.linalg.qr(torch.randn(vectors.shape[1], WORD_SPACE)).Q  # (D, WORD_SPACE) orthonormal columns
+    vectors.copy_(0.17 * torch.randn(len(vectors), WORD_SPACE) @ plane.T)
+
+
 def pretrain_lm(out: Path, steps: int, device: torch.device) -> dict:
     """Next-token prediction on caption documents. Writes `out/opt`."""
     began = time.time()
@@ -162,13 +173,12 @@ def pretrain_lm(out: Path, steps: int, device: torch.device) -> dict:
     train_tokenizer(corpus, closing=True).save_pretrained(out / "clip")
     model = OPTForCausalLM(
         OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=LM_WIDTH, word_embed_proj_dim=LM_WORDS, ffn_dim=4 * LM_WIDTH,
+            vocab_size=len(tokenizer), hidden_size=LM_WIDTH, word_embed_proj_dim=LM_WIDTH, ffn_dim=4 * LM_WIDTH,
             num_hidden_layers=LM_LAYERS, num_attention_heads=LM_HEADS, max_position_embeddings=LM_POSITIONS,
             dropout=0.0, attention_dropout=0.0, pad_token_id=1, bos_token_id=2, eos_token_id=2,
         )
     ).to(device)  # fmt: skip
-    # Word vectors far apart from the start (the default is 0.02): tied as they are, they are also the answers.
-    nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    _spread_words(model.get_input_embeddings().weight)
     optimizer = make_optimizer([model], lr=2e-3)
     first = 0
     bar = tqdm(range(steps), desc="OPT", mininterval=5)

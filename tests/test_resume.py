@@ -1,0 +1,85 @@
+"""A run that was killed and resumed is the run that was never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from flamingo.errors import InputError
+from flamingo.options import parse_training_options
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--steps", "8", "--batch-size", "4", "--eval-batches", "1", "--eval-every", "4", "--save-every", "3",
+         "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments, "--out", folder],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def steps_told(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_text().count('"loss"') if file.exists() else 0
+
+
+def losses(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert start(folder, *SHORT).wait() == 0
+    return folder
+
+
+@pytest.mark.parametrize("steps_before_the_kill", [1, 5])
+def test_killed_and_resumed_it_ends_the_same(never_stopped, tmp_path, steps_before_the_kill):
+    folder = tmp_path / "run"
+    process = start(folder, *SHORT)
+    while steps_told(folder) < steps_before_the_kill and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "summary.json").exists()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # a line that the kill cut short
+    assert start(folder, "--resume").wait() == 0
+    one, other = load_file(never_stopped / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(one[name].equal(other[name]) for name in one)
+    assert losses(folder) == losses(never_stopped)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["captions_seen"] == json.loads((never_stopped / "summary.json").read_text())["captions_seen"]
+    assert not (folder / "resume.safetensors").exists()
+
+
+def test_what_cannot_be_resumed_is_said(never_stopped, tmp_path):
+    with pytest.raises(InputError, match="is finished: there is nothing to resume"):
+        parse_training_options(["--resume", str(never_stopped)])
+    with pytest.raises(InputError, match="cannot be resumed: it has no resume.safetensors"):
+        parse_training_options(["--resume", str(tmp_path)])
+    (tmp_path / "resume.safetensors").write_bytes(b"half a file")
+    with pytest.raises(InputError, match="is damaged"):
+        parse_training_options(["--resume", str(tmp_path)])
+
+
+def test_a_resumed_run_keeps_its_options(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, *SHORT)
+    while steps_told(folder) < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert parse_training_options(["--resume", str(folder)]).steps == 8
+    with pytest.raises(InputError, match="was started with --lr .*: resume it without --lr"):
+        parse_training_options(["--resume", str(folder), "--lr", "0.5"])
