@@ -26,6 +26,7 @@ def main(options: TrainingOptions) -> None:
     from flamingo.checkpoint import save_model, write_json
     from flamingo.config import FlamingoConfig
     from flamingo.data.batches import Collate, batches
+    from flamingo.data.feature_cache import with_cached_features
     from flamingo.data.sources import training_sets
     from flamingo.run_log import RunLog
 
@@ -39,12 +40,18 @@ def main(options: TrainingOptions) -> None:
     print(training.describe(model))
     train_set, validation_set = training_sets(options)
     folder = training.new_run_folder(options)
+    train_examples, validation_examples = (
+        with_cached_features(examples, model.vision_encoder, options.cache, device=device, workers=options.workers)
+        for examples in (train_set, validation_set)
+    )
     log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped])
 
     collate = Collate(processor, options.max_tokens)
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": device.type == "cuda"}
-    stream = iter(batches(train_set, collate, steps=options.steps * options.accumulate, seed=options.seed, **prepare))
-    held_out = list(batches(validation_set, collate, steps=options.eval_batches, seed=0, **prepare))
+    stream = iter(
+        batches(train_examples, collate, steps=options.steps * options.accumulate, seed=options.seed, **prepare)
+    )
+    held_out = list(batches(validation_examples, collate, steps=options.eval_batches, seed=0, **prepare))
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"

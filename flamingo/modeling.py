@@ -120,7 +120,8 @@ class VisionLanguageModel(nn.Module):
         if name == "pixel_values":
             name, bank = "features", self.encode_images(bank)
         if name == "features":
-            bank = self.tokenize_images(bank, image_index)
+            dtype = next(self.perceiver.parameters()).dtype  # a feature cache holds float16
+            bank = self.tokenize_images(bank.to(dtype), image_index)
         return bank, image_index
 
     def fuse(self, latents: Tensor | None, image_index: Tensor | None, generating: bool) -> AbstractContextManager:

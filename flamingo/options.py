@@ -46,6 +46,9 @@ class TrainingOptions:
     max_tokens: int = option(128, "longest text in tokens; the rest is cut")
     eval_every: int = option(100, "optimizer steps between validations")
     eval_batches: int = option(4, "batches of a validation")
+    cache: str = option(
+        "~/.cache/flamingo", "folder for features of a captioned set's pictures, encoded once (size is said); or off"
+    )
     workers: int = option(0, "processes that prepare pictures; 0 prepares them in the training process")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, …")
     dtype: str = option("auto", "arithmetic: float32, bfloat16 (autocast), or auto, which measures the faster one")
