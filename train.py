@@ -34,6 +34,7 @@ def main(options: TrainingOptions) -> None:
     torch.manual_seed(options.seed)
     device = training.pick_device(options.device)
     training.keep_freed_memory()
+    training.use_tf32()
     config = FlamingoConfig(**model_settings(options))
     model, processor = build_flamingo(config)
     model.to(device).train()
@@ -55,8 +56,12 @@ def main(options: TrainingOptions) -> None:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+    if device.type == "cuda" and dtype == "bfloat16":
+        training.hold_frozen_in_bf16(model)
+    if options.gradient_checkpointing:
+        training.checkpoint_layers(model)
+    if options.compile:
+        training.compile_trained_parts(model)
     print(f"training {len(train_set)} examples on {device} in {dtype}; run folder {folder}")
     optimizer = training.make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
