@@ -57,7 +57,7 @@ def main(options: TrainingOptions) -> None:
     if dtype == "auto":
         dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"
     if device.type == "cuda" and dtype == "bfloat16":
-        training.hold_frozen_in_bf16(model)
+        training.hold_matrices_in_bf16(model)
     if options.gradient_checkpointing:
         training.checkpoint_layers(model)
     if options.compile:

@@ -8,7 +8,6 @@ greedy captions of its float32. Prompts have one pad on the left, without which 
 transformers 5.
 """
 
-import copy
 import random
 import sys
 import time
@@ -70,9 +69,7 @@ def prompts(shape, count: int, pictures: int) -> list[Text]:
 def in_best_dtype(side: Ours | Peer, steps: int) -> tuple[Ours | Peer, dict]:
     """A side with its weights as float32 or bfloat16, whichever is faster and says the same as float32."""
     texts = prompts(side.shape, 8, 1)
-    low = copy.copy(side)
-    low.model = copy.deepcopy(side.model).to(torch.bfloat16)
-    sides, said, times = {"float32": side, "bfloat16": low}, {}, {}
+    sides, said, times = {"float32": side, "bfloat16": side.in_bf16()}, {}, {}
     for name, candidate in sides.items():
         runs = [generate(candidate, texts, 1, steps) for _ in range(2)]
         said[name], times[name] = runs[0][0], min(seconds for _, seconds in runs)
@@ -84,21 +81,19 @@ def in_best_dtype(side: Ours | Peer, steps: int) -> tuple[Ours | Peer, dict]:
 def measure(args) -> dict:
     steps = 4 if args.quick else 16
     ours, peer = report.build_sides(args.shape, 4, args.device)
-    texts = [text for k in (1, 5) for text in (make_text(args.shape, random.Random(k), list(range(4))[:k]),)]
-    losses = report.compare_losses(ours, peer, texts[:1])
+    losses = report.compare_losses(ours, peer, [make_text(args.shape, random.Random(0), range(4))])
     ours.model.eval()
     peer.model.eval()
     greedy = [generate(side, prompts(args.shape, 8, 5), 1, steps)[0] for side in (ours, peer)]
     agreement = (greedy[0] == greedy[1]).float().mean().item()
-    chosen = {}
+    sides, chosen = {}, {}
     for name, side in (("ours", ours), ("peer", peer)):
-        best, chosen[name] = in_best_dtype(side, steps)
-        side.model = best.model
+        sides[name], chosen[name] = in_best_dtype(side, steps)
     times: dict[str, dict[str, Spread]] = {}
     for case, (count, pictures, beams) in CASES.items():
         asked = prompts(args.shape, count, pictures)
         works = {name: (lambda side=side, asked=asked, beams=beams: generate(side, asked, beams, steps)[1])
-                 for name, side in (("ours", ours), ("peer", peer))}  # fmt: skip
+                 for name, side in sides.items()}  # fmt: skip
         times[case] = alternate(works, args.rounds)
         print(f"{TITLES[case]}: {1000 * times[case]['ours'].median:.1f} ms")
     return {

@@ -1,5 +1,6 @@
 """Our side of the comparison: what train.py does, without its log."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from flamingo.data.batches import Batch, caption_labels
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.modeling import Flamingo
 from flamingo.options import TrainingOptions
-from flamingo.training import autocast, make_optimizer
+from flamingo.training import autocast, hold_matrices_in_bf16, make_optimizer
 from flamingo.vision import OpenClipEncoder
 
 
@@ -45,6 +46,7 @@ class Ours:
     """pictures: (P, 1, 3, H, W). cache: features in their place."""
 
     name = "ours"
+    dtype = "float32"  # of generation
 
     def __init__(
         self, model: Flamingo, shape: Shape, pictures: Tensor, device: torch.device, cache: FeatureCache | None = None
@@ -79,11 +81,16 @@ class Ours:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def in_bf16(self) -> "Ours":
+        """As evaluate.py generates in bfloat16."""
+        low = copy.copy(self)
+        low.model, low.dtype = copy.deepcopy(self.model), "bfloat16"
+        hold_matrices_in_bf16(low.model, trained=True)
+        return low
+
     def generate(self, texts: Sequence[Text], **options) -> Tensor:
-        batch = self.batch(texts)
-        input_ids, mask = pad(texts, "left")
-        dtype = next(self.model.perceiver.parameters()).dtype
-        return self.model.generate(
-            input_ids.to(self.device), mask.to(self.device), pixel_values=batch.pixel_values.to(self.device, dtype),
-            image_index=batch.image_index.to(self.device), **options,
-        )  # fmt: skip
+        batch = self.batch(texts).to(self.device)
+        input_ids, mask = (t.to(self.device) for t in pad(texts, "left"))
+        bank = {"pixel_values": batch.pixel_values, "image_index": batch.image_index}
+        with autocast(self.device, self.dtype):
+            return self.model.generate(input_ids, mask, **bank, **options)

@@ -7,6 +7,7 @@ are set to zero; the gradient's norm is clipped at 1. (open_flamingo: src/factor
 train/train_utils.py.)
 """
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -76,6 +77,12 @@ class Peer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def in_bf16(self) -> "Peer":
+        """All of it: under autocast every step would convert every weight."""
+        low = copy.copy(self)
+        low.model = copy.deepcopy(self.model).to(torch.bfloat16)
+        return low
 
     def generate(self, texts: Sequence[Text], **options) -> Tensor:
         input_ids, attention_mask = pad(texts, "left")

@@ -79,14 +79,16 @@ def use_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def hold_frozen_in_bf16(model: Flamingo) -> None:
-    """Autocast converts the frozen matrices to bfloat16 at every step: convert them once, in half the memory.
+def hold_matrices_in_bf16(model: nn.Module, *, trained: bool = False) -> None:
+    """Autocast converts every frozen matrix to bfloat16 at every product: convert them once, in half the memory.
 
-    What trains stays in float32, and so do frozen norms and biases, which autocast wants in float32 anyway.
+    What is computed under autocast stays the same, bit for bit. trained: those that train as well, for a model that
+    only generates from now on; an optimizer needs them in float32.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and not weight.requires_grad and weight.ndim == 2:
+        is_matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+        if is_matrix and (trained or not weight.requires_grad):
             weight.data = weight.data.to(torch.bfloat16)
 
 

@@ -37,19 +37,23 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(texts, pictures):
     assert torch.equal(model.generate(prompt, **options), tiny_flamingo().generate(prompt, **options))
 
 
-def test_frozen_weights_in_bf16_stay_frozen_and_near(texts, pictures):
+@pytest.mark.parametrize("trained", [False, True])
+def test_matrices_held_in_bf16_compute_what_autocast_computes(texts, pictures, trained):
     model = tiny_flamingo()
     exact, _ = loss_and_gradients(model, texts, pictures)
     expected, _ = loss_and_gradients(model, texts, pictures, bf16=True)
-    training.hold_frozen_in_bf16(model)
+    training.hold_matrices_in_bf16(model, trained=trained)
     loss, gradients = loss_and_gradients(model, texts, pictures, bf16=True)
-    assert loss == pytest.approx(expected, rel=2e-3) and loss == pytest.approx(exact, rel=1e-2)
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    assert {p.dtype for p in model.lang_encoder.model.decoder.layers[0].decoder_layer.fc1.parameters()} == {
-        torch.bfloat16,
-        torch.float32,
-    }
+    assert loss == expected != exact and loss == pytest.approx(exact, rel=1e-2)
+    layer = model.lang_encoder.model.decoder.layers[0]
+    assert layer.decoder_layer.fc1.weight.dtype == torch.bfloat16
+    assert layer.gated_cross_attn_layer.attn.to_q.weight.dtype == (torch.bfloat16 if trained else torch.float32)
     assert gradients.keys() == model.trainable_state_dict().keys()
+    with torch.autocast("cpu", torch.bfloat16):
+        held, plain = (
+            m.generate(texts[:, :3], pixel_values=pictures[:, :1], max_new_tokens=5) for m in (model, tiny_flamingo())
+        )
+    assert torch.equal(held, plain)
 
 
 def test_no_frozen_weight_gets_a_gradient_or_an_optimizer_state(texts, pictures):
