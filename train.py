@@ -56,7 +56,7 @@ def main(options: TrainingOptions) -> None:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"
-    if device.type == "cuda" and dtype == "bfloat16":
+    if dtype == "bfloat16":
         training.hold_matrices_in_bf16(model)
     if options.gradient_checkpointing:
         training.checkpoint_layers(model)

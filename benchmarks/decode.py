@@ -5,7 +5,7 @@
 Greedy for 1 and 8 texts, and a search with 3 beams; texts of 1 and of 5 pictures. Both sides generate through
 transformers' `generate`, with weights in float32 and in bfloat16; a side is timed in the faster of those that give the
 greedy captions of its float32. Prompts have one pad on the left, without which OpenFlamingo cannot generate on
-transformers 5.
+transformers 5. (Random weights repeat themselves, so that their captions differ less readily than trained ones would.)
 """
 
 import random

@@ -46,14 +46,14 @@ def parse(name: str, text: str, argv: Sequence[str], add: Callable[[argparse.Arg
 
 
 def build_sides(shape: Shape, pictures: int, device: torch.device) -> tuple[Ours, Peer]:
-    """Both sides, same weights. They share the vision encoder itself, which neither changes."""
+    """Both sides, same weights, in modules of their own."""
     torch.manual_seed(0)
     keep_freed_memory()
     tower, lm = vision_tower(shape), language_model(shape)
     bank = make_pictures(shape, pictures)
-    own_lm = copy.deepcopy(lm)
+    own_tower, own_lm = copy.deepcopy(tower), copy.deepcopy(lm)
     peer = build_peer(shape, tower, lm)
-    return Ours(build_ours(shape, tower, own_lm, peer), shape, bank, device), Peer(peer, shape, bank, device)
+    return Ours(build_ours(shape, own_tower, own_lm, peer), shape, bank, device), Peer(peer, shape, bank, device)
 
 
 def compare_losses(ours: Ours, peer: Peer, texts: Sequence[Text]) -> dict[str, float]:

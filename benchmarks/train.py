@@ -8,6 +8,7 @@ with a picture of its own), pads to the longest of a batch, and is given the dty
 that suit it best.
 """
 
+import functools
 import random
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from benchmarks.shapes import Text, make_texts
 from benchmarks.timing import Spread, alternate, seconds
 from flamingo.data.batches import StepSampler
 from flamingo.data.feature_cache import FeatureCache
+from flamingo.training import hold_matrices_in_bf16
 
 DTYPES = ("float32", "bfloat16")
 CAPTIONS = 5  # of a picture
@@ -59,26 +61,29 @@ def evenly(batches: Sequence[list[Text]], count: int) -> list[list[Text]]:
     return [batches[int((k + 0.5) * len(batches) / count)] for k in range(count)]
 
 
-def choose(side: Ours | Peer, batches: Batches, sizes: Sequence[int], device: torch.device) -> tuple[str, int]:
-    """The dtype and the batch size with which a side is fastest. Size by size as long as that helps."""
+def rate(side: Ours | Peer, batches: Sequence[list[Text]], dtype: str, device: torch.device) -> float:
+    """Captions per second over these batches."""
+    return sum(map(len, batches)) / seconds(lambda: [side.step(batch, dtype) for batch in batches], device)
 
-    def rate(size: int, dtype: str) -> float:
-        (batch,) = evenly(batches(size), 1)
-        return len(batch) / seconds(lambda: side.step(batch, dtype), device)
 
-    side.step(evenly(batches(sizes[0]), 1)[0])  # the first step of all allocates, and is slow
-    rates = {dtype: max(rate(sizes[0], dtype) for _ in range(2)) for dtype in DTYPES}
-    dtype = max(rates, key=rates.get)
-    best, size = rates[dtype], sizes[0]
-    for larger in sizes[1:]:
+def best_dtype(side: Ours | Peer, batches: Sequence[list[Text]], device: torch.device) -> str:
+    """float32, or bfloat16 autocast: what a side is faster in."""
+    side.step(batches[0])  # the first step of all allocates, and is slow
+    rates = {dtype: max(rate(side, batches, dtype, device) for _ in range(2)) for dtype in DTYPES}
+    return max(rates, key=rates.get)
+
+
+def best_size(side: Ours | Peer, batches: Batches, sizes: Sequence[int], dtype: str, device: torch.device) -> int:
+    """The batch size with which a side is fastest: larger and larger, as long as that does not hurt or fill a GPU."""
+    found = {}
+    for size in sizes:
         try:
-            now = rate(larger, dtype)
+            found[size] = rate(side, evenly(batches(size), 1), dtype, device)
         except torch.OutOfMemoryError:
             break
-        if now < 0.9 * best:
+        if found[size] < 0.9 * max(found.values()):
             break
-        best, size = max((best, size), (now, larger))
-    return dtype, size
+    return max(found, key=found.get)
 
 
 def measure(args, folder: Path) -> dict:
@@ -104,12 +109,18 @@ def measure(args, folder: Path) -> dict:
         "train_pixels": (ours, own_batches(shared), small, 2),
         "train_pixels_single": (ours, own_batches(single), sizes, 2),
     }
+    dtypes = {side: best_dtype(side, evenly(batches(sizes[0]), 1), args.device)
+              for side, batches in ((peer, their_batches(shared)), (cached, own_batches(shared)))}  # fmt: skip
+    dtypes[ours] = dtypes[cached]  # the same model
+    if dtypes[ours] == "bfloat16":
+        hold_matrices_in_bf16(ours.model)  # as train.py does
     works, chosen = {}, {}
     for name, (side, batches, tried, count) in contestants.items():
-        dtype, size = choose(side, batches, tried, args.device)
+        dtype = dtypes[side]
+        size = best_size(side, batches, tried, dtype, args.device)
         chosen[name] = {"dtype": dtype, "texts_per_batch": size}
         print(f"{name}: {dtype}, {size} texts a batch")
-        works[name] = _round(side, evenly(batches(size), count), dtype, args.device)
+        works[name] = functools.partial(rate, side, evenly(batches(size), count), dtype, args.device)
     rates = alternate(works, args.rounds)
     ratios = {name: rates[name].median / rates["peer"].median for name in contestants if name != "peer"}
     return {
@@ -119,22 +130,13 @@ def measure(args, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def _round(side: Ours | Peer, batches: Sequence[list[Text]], dtype: str, device: torch.device) -> Callable[[], float]:
-    """→ captions per second over these batches."""
-
-    def run() -> float:
-        return sum(map(len, batches)) / seconds(lambda: [side.step(batch, dtype) for batch in batches], device)
-
-    return run
-
-
 def _gflop(side: Ours | Peer, batches: Batches, chosen: dict) -> float:
     """Arithmetic of a caption, as torch counts it (attention inside a fused kernel may be missing)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     (batch,) = evenly(batches(min(10, chosen["texts_per_batch"])), 1)
     with FlopCounterMode(display=False) as counter:
-        side.step(batch)
+        side.step(batch, chosen["dtype"])
     return counter.get_total_flops() / len(batch) / 1e9
 
 
