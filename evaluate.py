@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     from flamingo.data.sources import uses_classroom
     from flamingo.evaluation.exact_match import Scorer, classroom_items, set_items
     from flamingo.options import TrainingOptions, read_json
-    from flamingo.training import pick_device
+    from flamingo.training import hold_matrices_in_bf16, pick_device
 
     began = time.time()
     if not args.run.is_dir():
@@ -48,6 +48,8 @@ def main(args: argparse.Namespace) -> None:
         options.data, options.image_column, options.caption_columns = args.data, None, None
     model, processor, _ = load_model(args.run)
     model.to(pick_device(args.device))
+    if summary["dtype"] == "bfloat16":
+        hold_matrices_in_bf16(model, trained=True)
     scorer = Scorer(model, processor, summary["dtype"])
 
     if uses_classroom(options):

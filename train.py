@@ -27,6 +27,7 @@ def main(options: TrainingOptions) -> None:
     from flamingo.checkpoint import save_model, write_json
     from flamingo.config import FlamingoConfig
     from flamingo.data.batches import Collate, batches
+    from flamingo.data.feature_cache import with_cached_features
     from flamingo.data.sources import training_sets
     from flamingo.resume import FILE as RESUME_FILE
     from flamingo.resume import restore, save_resume_point
@@ -36,26 +37,35 @@ def main(options: TrainingOptions) -> None:
     torch.manual_seed(options.seed)
     device = training.pick_device(options.device)
     training.keep_freed_memory()
+    training.use_tf32()
     config = FlamingoConfig(**model_settings(options))
     model, processor = build_flamingo(config)
     model.to(device).train()
     print(training.describe(model))
     train_set, validation_set = training_sets(options)
+    folder = training.run_folder(options)
+    train_examples, validation_examples = (
+        with_cached_features(examples, model.vision_encoder, options.cache, device=device, workers=options.workers)
+        for examples in (train_set, validation_set)
+    )
     optimizer = training.make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    folder = training.run_folder(options)
     first_step, dtype = restore(folder, model, optimizer) if options.resume else (0, options.dtype)
     log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped], first_step)
 
     collate = Collate(processor, options.max_tokens)
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": device.type == "cuda"}
     count, done = options.steps * options.accumulate, first_step * options.accumulate
-    stream = iter(batches(train_set, collate, steps=count, skip=done, seed=options.seed, **prepare))
-    held_out = list(batches(validation_set, collate, steps=options.eval_batches, seed=0, **prepare))
+    stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))
+    held_out = list(batches(validation_examples, collate, steps=options.eval_batches, seed=0, **prepare))
     if dtype == "auto":
         dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+    if dtype == "bfloat16":
+        training.hold_matrices_in_bf16(model)
+    if options.gradient_checkpointing:
+        training.checkpoint_layers(model)
+    if options.compile:
+        training.compile_trained_parts(model)
     print(f"training {len(train_set)} examples on {device} in {dtype}; run folder {folder}")
     if not options.resume:
         save_resume_point(folder, model, optimizer, options, 0, dtype)

@@ -127,7 +127,7 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
             return rearrange(pixel_values, "T C H W -> 1 T 1 C H W")
         if pixel_values.ndim == 5 and len(pixel_values) == texts:
             return rearrange(pixel_values, "B T C H W -> B T 1 C H W")
-        if pixel_values.ndim == 6 and len(pixel_values) == texts or (texts == 1 and pixel_values.ndim > 4):
+        if (pixel_values.ndim == 6 and len(pixel_values) == texts) or (texts == 1 and pixel_values.ndim > 4):
             return pixel_values if pixel_values.ndim == 6 else rearrange(pixel_values, "B T C H W -> B T 1 C H W")
         raise ValueError(
             f"pixel_values of shape {tuple(pixel_values.shape)} do not fit {texts} texts: give (B, C, H, W), "

@@ -18,8 +18,10 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flamingo.added_tokens import DecoupledEmbedding, DecoupledLinear
 from flamingo.cross_attention import GatedCrossAttentionBlock, Sight, sight_of_next_token, who_sees_what
@@ -97,6 +99,7 @@ class FlamingoLayer(nn.Module):
         super().__init__()
         self.gated_cross_attn_layer = gated_cross_attn_layer
         self.decoder_layer = decoder_layer
+        self.gradient_checkpointing = False  # forget what the layer computes, and compute it again going backward
         self.clear_conditioned()
 
     def condition_vis_x(self, vis_x: Tensor | None) -> None:
@@ -126,8 +129,16 @@ class FlamingoLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         """hidden_states (B, T_txt, D); all else, and what comes back, is the decoder layer's own business."""
-        if self.is_conditioned:
-            hidden_states = self.gated_cross_attn_layer(hidden_states, self._media_keys_values(), self.sight)
+        if not self.is_conditioned:
+            return self.decoder_layer(hidden_states, *args, **kwargs)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # By the time the backward pass comes here again the conditioning is gone: it is handed over, not looked up.
+            seen = (self._media_keys_values(), self.sight)
+            return checkpoint(self._look_then_read, hidden_states, *seen, *args, use_reentrant=False, **kwargs)
+        return self._look_then_read(hidden_states, self._media_keys_values(), self.sight, *args, **kwargs)
+
+    def _look_then_read(self, hidden_states: Tensor, keys_values, sight: Sight | None, *args, **kwargs):
+        hidden_states = self.gated_cross_attn_layer(hidden_states, keys_values, sight)
         return self.decoder_layer(hidden_states, *args, **kwargs)
 
     def __getattr__(self, name: str):

@@ -125,7 +125,8 @@ class VisionLanguageModel(nn.Module):
         if name == "pixel_values":
             name, bank = "features", self.encode_images(bank)
         if name == "features":
-            bank = self.tokenize_images(bank, image_index)
+            dtype = next(self.perceiver.parameters()).dtype  # a feature cache holds float16
+            bank = self.tokenize_images(bank.to(dtype), image_index)
         return bank, image_index
 
     def fuse(
@@ -165,13 +166,14 @@ class VisionLanguageModel(nn.Module):
             latents, image_index = None, None
         else:
             latents, image_index = self.prepare_images(pixel_values, features, latents, image_index)
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}  # nothing to continue
         with self.fuse(latents, image_index):
             if labels is None:
-                return FlamingoOutput(self.lang_encoder(input_ids=input_ids, attention_mask=attention_mask).logits)
+                return FlamingoOutput(self.lang_encoder(**texts).logits)
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T_txt): what the next token should be
             keep = targets != -100
             with self.lang_encoder.logits_only_at(keep):
-                logits = self.lang_encoder(input_ids=input_ids, attention_mask=attention_mask).logits  # (K, vocabulary)
+                logits = self.lang_encoder(**texts).logits  # (K, vocabulary)
         loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum") / keep.sum().clamp(min=1)
         return FlamingoOutput(logits, loss)
 

@@ -55,9 +55,18 @@ class TrainingOptions:
     eval_every: int = option(100, "optimizer steps between validations")
     save_every: int = option(100, "optimizer steps between the points a killed run can be resumed from")
     eval_batches: int = option(4, "batches of a validation")
+    cache: str = option(
+        "~/.cache/flamingo", "folder for features of a captioned set's pictures, encoded once (size is said); or off"
+    )
     workers: int = option(0, "processes that prepare pictures; 0 prepares them in the training process")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, …")
     dtype: str = option("auto", "arithmetic: float32, bfloat16 (autocast), or auto, which measures the faster one")
+    compile: bool = option(
+        False, "compile the resampler and the cross-attention (torch.compile; the first steps are slow)"
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute the layers' inner values twice instead of keeping them: less memory, a third more time"
+    )
     lm: str | None = option(None, "language model, Hugging Face id or folder, in place of the preset's")
     clip_model_type: str | None = option(None, "vision encoder, in place of the preset's (see flamingo/vision.py)")
 
@@ -104,6 +113,9 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
     parser = OneSentenceParser(prog="train.py", description="Train a Flamingo.", allow_abbrev=False)
     for entry in dataclasses.fields(TrainingOptions):
         flag = "--" + entry.name.replace("_", "-")
+        if entry.type is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=entry.metadata["help"])
+            continue
         kind = next(kind for kind in (int, float, str) if kind.__name__ in str(entry.type))
         shown = "" if entry.default is None else f" (default: {entry.default})"
         also = {"nargs": "?", "const": ""} if entry.name == "resume" else {}

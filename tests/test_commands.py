@@ -112,8 +112,10 @@ def test_a_folder_of_pictures_trains_and_evaluates(tmp_path):
     rows += [{"file_name": name, "caption_0": "odd", "caption_1": None} for name in
              ("la.png", "p.png", "deep.png", "broken.jpg")]  # fmt: skip
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = run("train.py", *SHORT, "--data", folder, "--out", tmp_path / "run", "--workers", "1")
+    cache = tmp_path / "cache"
+    result = run("train.py", *SHORT, "--data", folder, "--out", tmp_path / "run", "--workers", "1", "--cache", cache)
     assert result.returncode == 0, result.stderr
+    assert "MB for 11 pictures" in result.stdout and len(list(cache.glob("*/features.npy"))) == 1
     assert "broken.jpg: cannot be read" in (tmp_path / "run" / "skipped.txt").read_text()
     result = run("evaluate.py", tmp_path / "run")
     assert result.returncode == 0, result.stderr

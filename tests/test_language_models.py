@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from conftest import EOC, IMAGE, PAD, TinyEncoder
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo.language_model import find_decoder_layers
 from flamingo.modeling import Flamingo
-from conftest import EOC, IMAGE, PAD, TinyEncoder
 
 COMMON = {"vocab_size": 50, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 2}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}

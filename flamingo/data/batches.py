@@ -21,39 +21,41 @@ class Example:
     """Pictures and the texts about them; `Chunk.picture` counts from 0 within the example.
 
     Five captions of a picture are one picture and five texts of one chunk; an interleaved document is several
-    pictures and one text of several chunks.
+    pictures and one text of several chunks. `features` (pictures, F, v, d) may stand in for the pictures.
     """
 
     pictures: Sequence[Image.Image]
     texts: Sequence[Sequence[Chunk]]
+    features: Tensor | None = None
 
 
 @dataclass
 class Batch:
     """What one step reads.
 
-    pixel_values: (N, F, C, H, W) the bank. image_index: (B, T_img) rows of the bank, -1 for an empty slot.
-    input_ids, attention_mask, labels: (B, T_txt).
+    image_index: (B, T_img) rows of the bank, -1 for an empty slot. input_ids, attention_mask, labels: (B, T_txt).
+    The bank, one of both: pixel_values (N, F, C, H, W), or features (N, F, v, d) that were encoded before.
     """
 
-    pixel_values: Tensor
     image_index: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    pixel_values: Tensor | None = None
+    features: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.inputs().items()})
 
     def first(self, texts: int) -> "Batch":
         """The first `texts` texts and the pictures up to the last that they need."""
-        index = self.image_index[:texts]
-        rows = {name: getattr(self, name)[:texts] for name in ("input_ids", "attention_mask", "labels")}
-        return Batch(self.pixel_values[: int(index.max()) + 1], index, **rows)
+        pictures = int(self.image_index[:texts].max()) + 1
+        is_bank = lambda name: name in ("pixel_values", "features")  # noqa: E731
+        cut = {name: value[: pictures if is_bank(name) else texts] for name, value in self.inputs().items()}
+        return replace(self, **cut)
 
     def pin_memory(self) -> "Batch":
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return replace(self, **{name: value.pin_memory() for name, value in self.inputs().items()})
 
     @property
     def targets(self) -> int:
@@ -62,7 +64,7 @@ class Batch:
 
     def inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of `Flamingo.forward`."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 def caption_labels(
@@ -92,14 +94,14 @@ class Collate:
         self.processor, self.max_tokens = processor, max_tokens
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        pictures, rows, told_rows, index_rows = [], [], [], []
+        count, rows, told_rows, index_rows = 0, [], [], []  # count: pictures in the bank so far
         for example in examples:
             for chunks in example.texts:
                 ids, told = self.processor.encode_chunks(chunks)
                 rows.append(ids[: self.max_tokens])
                 told_rows.append(told[: self.max_tokens])
-                index_rows.append([len(pictures) + c.picture for c in chunks if c.picture is not None])
-            pictures += example.pictures
+                index_rows.append([count + c.picture for c in chunks if c.picture is not None])
+            count += len(example.pictures) if example.features is None else len(example.features)
         input_ids, attention_mask = self.processor.pad(rows)
         told = torch.zeros_like(input_ids, dtype=torch.bool)
         image_index = torch.full((len(rows), max(1, *map(len, index_rows), 1)), -1)
@@ -109,7 +111,12 @@ class Collate:
         labels = caption_labels(
             input_ids, attention_mask, self.processor.media_token_id, self.processor.eoc_token_id, told
         )
-        return Batch(self.processor.preprocess_images(pictures), image_index, input_ids, attention_mask, labels)
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if examples[0].features is not None:
+            bank = torch.cat([example.features for example in examples])
+            return Batch(image_index, features=bank, **texts)
+        pixels = self.processor.preprocess_images([picture for example in examples for picture in example.pictures])
+        return Batch(image_index, pixel_values=pixels, **texts)
 
 
 class StepSampler(Sampler):

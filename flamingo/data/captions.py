@@ -11,6 +11,7 @@ interleaved document. Pictures that cannot be read and captions that are no text
 """
 
 import copy
+import hashlib
 import io
 import random
 import re
@@ -34,13 +35,17 @@ VALIDATION_SHARE = 0.05  # held out of the training split when the set brings no
 
 
 # ------------------------------------------------------------------------------------------------- pictures
+def picture_file(value: dict) -> bytes:
+    """The file itself of what `datasets` holds of an undecoded picture ({"bytes", "path"})."""
+    return value["bytes"] if value.get("bytes") else Path(value["path"]).read_bytes()
+
+
 def open_picture(value: dict, *, thumbnail: bool = False) -> Image.Image:
-    """What `datasets` holds of an undecoded picture ({"bytes", "path"}) → RGB.
+    """The same → RGB.
 
     thumbnail: only prove that it can be read; a JPEG is then decoded at an eighth of its size.
     """
-    source = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
-    with Image.open(source) as picture:
+    with Image.open(io.BytesIO(picture_file(value))) as picture:
         if thumbnail:
             picture.draft("RGB", (picture.width // 8, picture.height // 8))
             picture.load()
@@ -75,13 +80,17 @@ class CaptionedPictures(Dataset):
 
     Attributes:
         skipped: what was left out and why, one line each.
+        numbered: (row, place in the row) of every usable picture, and fingerprint: a hash of their files. Both stay
+            those of the whole set when a part is split off, so that the parts share one feature cache.
     """
 
     first_lessons = 0  # all examples are equal
 
-    def __init__(self, rows, image_column: str, caption_columns: Sequence[str], where: str):
+    def __init__(self, rows, image_column: str, caption_columns: Sequence[str], source: str, split: str):
         self.rows, self.image_column, self.caption_columns = rows, image_column, tuple(caption_columns)
-        self.where, self.skipped, self.kept, self.lengths = where, [], [], []
+        self.source, self.where, self.skipped, self.kept, self.lengths = source, f"{source} ({split})", [], [], []
+        self.numbered: list[tuple[int, int]] = []
+        self.first_number: dict[int, int] = {}  # row → number of its first picture
         self._check_all()
 
     def _pictures(self, row: dict) -> list[dict]:
@@ -90,6 +99,7 @@ class CaptionedPictures(Dataset):
 
     def _check_all(self) -> None:
         """Read everything once: better a minute now than a broken file after an hour."""
+        digest = hashlib.sha256()
         for i in tqdm(range(len(self.rows)), desc=f"checking {self.where}", disable=len(self.rows) < 200, leave=False):
             row = self.rows[i]
             pictures = self._pictures(row)
@@ -97,8 +107,9 @@ class CaptionedPictures(Dataset):
             texts, bad = _texts_of_row(row, self.caption_columns)
             self.skipped += [f"{name}: {bad} caption(s) missing, empty or not text"] if bad else []
             try:
-                for picture in pictures:
-                    open_picture(picture, thumbnail=True)
+                files = [picture_file(picture) for picture in pictures]
+                for file in files:
+                    open_picture({"bytes": file}, thumbnail=True)
             except Exception as error:  # Pillow raises many kinds for a broken file
                 self.skipped.append(f"{name}: cannot be read as a picture ({type(error).__name__})")
                 continue
@@ -111,6 +122,11 @@ class CaptionedPictures(Dataset):
             if texts:
                 self.kept.append(i)
                 self.lengths.append(max(map(len, texts)))
+                self.first_number[i] = len(self.numbered)
+                self.numbered += [(i, k) for k in range(len(pictures))]
+                for file in files:
+                    digest.update(hashlib.sha256(file).digest())
+        self.fingerprint = digest.hexdigest()[:16]
         if len(self.kept) < (1 - MOSTLY_BROKEN) * len(self.rows) or not self.kept:
             why = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise InputError(
@@ -140,15 +156,30 @@ class CaptionedPictures(Dataset):
         return self.lengths[index]
 
     def __getitem__(self, index: int) -> Example:
+        pictures = [open_picture(picture) for picture in self._pictures(self.rows[self.kept[index]])]
+        return Example(pictures, self.texts(index))
+
+    def texts(self, index: int) -> list[list[Chunk]]:
+        """The texts of an example, without its pictures."""
         row = self.rows[self.kept[index]]
-        pictures = [open_picture(picture) for picture in self._pictures(row)]
         texts = []
         for text in _texts_of_row(row, self.caption_columns)[0]:
             if MEDIA_TOKEN not in text:
                 texts.append([Chunk(0, "", text)])
-            elif text.count(MEDIA_TOKEN) == len(pictures):
+            elif text.count(MEDIA_TOKEN) == len(self._pictures(row)):
                 texts.append(parse_interleaved(text))
-        return Example(pictures, texts)
+        return texts
+
+    def numbers(self, index: int) -> slice:
+        """Which of the numbered pictures are an example's."""
+        row = self.kept[index]
+        first = self.first_number[row]
+        return slice(first, first + len(self._pictures(self.rows[row])))
+
+    def picture(self, number: int) -> Image.Image:
+        """A numbered picture."""
+        row, place = self.numbered[number]
+        return open_picture(self._pictures(self.rows[row])[place])
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -234,7 +265,7 @@ def load_captions(
     sets = {}
     for name, split in splits.items():
         rows = _as_undecoded_pictures(split, image_column, folder)
-        sets[name] = CaptionedPictures(rows, image_column, columns, f"{source} ({name})")
+        sets[name] = CaptionedPictures(rows, image_column, columns, source, name)
     if "validation" not in sets:
         sets["train"], sets["validation"] = sets["train"].split_off(VALIDATION_SHARE, seed)
     return sets

@@ -1,0 +1,113 @@
+"""Peak memory of a training step, each side in a process of its own.
+
+    python -m benchmarks.memory [--json FILE]
+
+The same texts, 5 captions a picture, float32, two steps (the optimizer's state comes with the first). Counted is what a
+step needs above the built model: gradients, optimizer state, activations. On a GPU torch tells it; on a CPU it is the
+peak of resident memory, which Linux alone lets us set back after building.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+from benchmarks.ours import Ours, build_ours
+from benchmarks.peer import Peer, build_peer
+from benchmarks.shapes import FULL, QUICK, language_model, make_pictures, make_texts, vision_tower
+from benchmarks.timing import Spread
+from flamingo.data.feature_cache import FeatureCache
+from flamingo.errors import InputError
+from flamingo.training import keep_freed_memory
+
+SIDES = {"peer": "OpenFlamingo 2.0.1", "memory": "features cached", "memory_pixels": "from pixels"}
+CAPTIONS = 5
+
+
+def resident_peak() -> int:
+    """Bytes."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+def step_peak(which: str, quick: bool, texts: int, device: torch.device) -> dict[str, float]:
+    """Bytes of one side: of the built model, and what two steps add at most. In a fresh process."""
+    shape = QUICK if quick else FULL
+    examples = make_texts(shape, -(-texts // CAPTIONS), CAPTIONS, distinct=4)
+    batch = [text for example in examples for text in example][:texts]
+    pictures, tower, lm = make_pictures(shape, 4), vision_tower(shape), language_model(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        if which == "peer":
+            side = Peer(build_peer(shape, tower, lm), shape, pictures, device)
+        else:
+            keep_freed_memory()
+            model, cache = build_ours(shape, tower, lm).to(device), None
+            if which == "memory":
+                cache = FeatureCache.open_or_build(Path(folder), pictures, "x", model.vision_encoder, device=device)
+            side = Ours(model, shape, pictures, device, cache)
+        side.model.train()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            peak = lambda: torch.cuda.max_memory_allocated(device)  # noqa: E731
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+            peak = resident_peak
+        built = peak()
+        for _ in range(2):
+            side.step(batch)
+        return {"model": built, "step": peak() - built}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    found: dict[str, list[dict]] = {name: [] for name in SIDES}
+    for _ in range(args.rounds):
+        for name in SIDES:
+            order = [sys.executable, "-m", "benchmarks.memory", "--side", name, "--texts", args.texts,
+                     "--device", args.device, *(["--quick"] if args.quick else [])]  # fmt: skip
+            done = subprocess.run(list(map(str, order)), capture_output=True, text=True, cwd=report.ASSETS.parent)
+            if done.returncode:
+                reason = done.stderr.strip().splitlines()[-1]
+                raise InputError(reason.split(": ", 1)[-1]) if done.returncode == 2 else RuntimeError(done.stderr)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{SIDES[name]}: {found[name][-1]['step'] / 2**20:.0f} MiB above the model")
+    steps = {name: Spread.of([run["step"] for run in runs]) for name, runs in found.items()}
+    return {
+        "ratios": {name: steps["peer"].median / steps[name].median for name in SIDES if name != "peer"},
+        "texts_per_batch": args.texts,
+        "step_bytes": {name: spread.to_dict() for name, spread in steps.items()},
+        "model_bytes": {name: runs[0]["model"] for name, runs in found.items()},
+    }
+
+
+def draw(result: dict, path: Path) -> None:
+    gib = {name: spread["median"] / 2**30 for name, spread in result["step_bytes"].items()}
+    rows = [(SIDES[name], gib[name], gib["peer"]) for name in ("memory", "memory_pixels")]
+    report.draw_bars(path, rows, "GiB above the model (shorter is better)", "Peak memory of a training step")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--texts", type=int, default=20, help="texts in the batch (default: %(default)s)")
+    parser.add_argument("--side", choices=list(SIDES), help="measure one side in this process, print its bytes")
+
+
+def main(argv: list[str]) -> None:
+    args = report.parse("memory", __doc__.splitlines()[0], argv, options)
+    if args.side:
+        print(json.dumps(step_peak(args.side, args.quick, args.texts, args.device)))
+        return
+    if args.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise InputError("resident memory can be measured on Linux only: use --device cuda, or a Linux machine")
+    result = measure(args)
+    rows = [(SIDES[name], result["model_bytes"][name] / 2**20, result["step_bytes"][name]["median"] / 2**20,
+             result["ratios"].get(name, 1.0)) for name in SIDES]  # fmt: skip
+    report.print_table(["MiB", "model", "a step adds", "peer's over this"], rows)
+    report.finish(args, result, draw)
+
+
+if __name__ == "__main__":
+    report.command("memory", main, sys.argv[1:])

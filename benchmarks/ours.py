@@ -1,0 +1,96 @@
+"""Our side of the comparison: what train.py does, without its log."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shapes import PAD, Shape, Text, pad
+from flamingo.data.batches import Batch, caption_labels
+from flamingo.data.feature_cache import FeatureCache
+from flamingo.modeling import Flamingo
+from flamingo.options import TrainingOptions
+from flamingo.training import autocast, hold_matrices_in_bf16, make_optimizer
+from flamingo.vision import OpenClipEncoder
+
+
+def build_ours(shape: Shape, tower: nn.Module, lm: nn.Module, peer: nn.Module | None = None) -> Flamingo:
+    """Our Flamingo around these backbones, with the peer's trained weights if it is given."""
+    encoder = OpenClipEncoder(tower, "random ViT", lambda picture: picture, norm=True)
+    model = Flamingo(
+        encoder, lm, media_token_id=shape.image, eoc_token_id=shape.eoc, pad_token_id=PAD,
+        dim_visual=shape.vision_width,
+    )  # fmt: skip
+    if peer is not None:
+        take_trained_weights(model, peer, shape)
+    return model
+
+
+def take_trained_weights(model: Flamingo, peer: nn.Module, shape: Shape) -> None:
+    """The names are the same but for the added tokens, which are rows of the peer's tables."""
+    theirs = peer.state_dict()
+    rows = slice(shape.eoc, shape.image + 1)
+    added = {
+        "additional_embedding.weight": theirs["lang_encoder.model.decoder.embed_tokens.weight"][rows],
+        "additional_fc.weight": theirs["lang_encoder.lm_head.weight"][rows],
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                ending = next((ending for ending in added if name.endswith(ending)), None)
+                parameter.copy_(added[ending] if ending else theirs[name])
+
+
+class Ours:
+    """pictures: (P, 1, 3, H, W). cache: features in their place."""
+
+    name = "ours"
+    dtype = "float32"  # of generation
+
+    def __init__(
+        self, model: Flamingo, shape: Shape, pictures: Tensor, device: torch.device, cache: FeatureCache | None = None
+    ):
+        self.model, self.shape, self.pictures = model.to(device), shape, pictures
+        self.device, self.cache = device, cache
+        self.optimizer = make_optimizer(model, TrainingOptions(lr=1e-6, gate_lr=1e-6))
+
+    def batch(self, texts: Sequence[Text]) -> Batch:
+        """Pictures of the texts, each once (those of neighbouring texts: the captions of a picture lie together)."""
+        bank: list[int] = []
+        index = torch.full((len(texts), max(len(text.pictures) for text in texts)), -1)
+        for row, text in enumerate(texts):
+            if bank[-len(text.pictures) :] != list(text.pictures):
+                bank += text.pictures
+            index[row, : len(text.pictures)] = torch.arange(len(bank) - len(text.pictures), len(bank))
+        input_ids, mask = pad(texts)
+        labels = caption_labels(input_ids, mask, self.shape.image, self.shape.eoc)
+        rows = {"image_index": index, "input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        if self.cache is None:
+            return Batch(pixel_values=self.pictures[bank], **rows)
+        return Batch(features=torch.cat([self.cache[i : i + 1] for i in bank]), **rows)
+
+    def loss(self, batch: Batch, dtype: str = "float32") -> Tensor:
+        with autocast(self.device, dtype):
+            return self.model(**batch.to(self.device).inputs()).loss
+
+    def step(self, texts: Sequence[Text], dtype: str = "float32") -> None:
+        """One optimizer step, loading included."""
+        self.loss(self.batch(texts), dtype).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def in_bf16(self) -> "Ours":
+        """As evaluate.py generates in bfloat16."""
+        low = copy.copy(self)
+        low.model, low.dtype = copy.deepcopy(self.model), "bfloat16"
+        hold_matrices_in_bf16(low.model, trained=True)
+        return low
+
+    def generate(self, texts: Sequence[Text], **options) -> Tensor:
+        batch = self.batch(texts).to(self.device)
+        input_ids, mask = (t.to(self.device) for t in pad(texts, "left"))
+        bank = {"pixel_values": batch.pixel_values, "image_index": batch.image_index}
+        with autocast(self.device, self.dtype):
+            return self.model.generate(input_ids, mask, **bank, **options)

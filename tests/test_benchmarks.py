@@ -1,0 +1,95 @@
+"""The benchmarks run, compare two models that compute the same, and say what is missing. (Tiny shapes: the figures mean
+nothing here.)"""
+
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+from PIL import Image
+
+from benchmarks import decode, growth, memory, report, shapes, train
+from flamingo.errors import InputError
+
+needs_peer = pytest.mark.skipif(
+    importlib.util.find_spec("open_flamingo") is None or importlib.util.find_spec("einops_exts") is None,
+    reason="the peer is not installed: pip install --no-deps open-flamingo==2.0.1 einops-exts",
+)
+RATIOS = {
+    "train": {"train_cached", "train_pixels", "train_pixels_single"},
+    "decode": {"decode_1", "decode_8", "decode_beam3"},
+    "growth": {"images_per_text_1", "captions_per_image_2", "text_length_8", "latents_16"},
+}
+
+
+@needs_peer
+@pytest.mark.parametrize("benchmark", [train, decode, growth], ids=RATIOS)
+def test_a_benchmark_compares_equals_and_writes_its_figures(benchmark, tmp_path, capsys):
+    name = benchmark.__name__.rsplit(".", 1)[-1]
+    figure, out = tmp_path / "figure.png", tmp_path / "figures.json"
+    benchmark.main(["--quick", "--rounds", "1", "--device", "cpu", "--json", str(out), "--figure", str(figure)])
+    result = json.loads(out.read_text())
+    assert result["ratios"].keys() >= RATIOS[name] and result["quick"]
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in result["ratios"].values())
+    assert result["losses"]["difference"] < 1e-4
+    if name == "train":
+        assert result["losses"]["ours_cached"] == pytest.approx(result["losses"]["peer"], rel=1e-2)
+        spread = result["captions_per_second"]["train_cached"]
+        assert spread["low"] <= spread["median"] <= spread["high"] and len(spread["raw"]) == 1
+    if name == "decode":
+        assert result["same_greedy_tokens"] == 1
+    with Image.open(figure) as picture:
+        assert picture.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
+    assert "OpenFlamingo" in capsys.readouterr().out
+
+
+@needs_peer
+def test_memory_of_one_side(capsys):
+    memory.main(["--quick", "--device", "cpu", "--side", "peer", "--texts", "5"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["model"] > 0 and found["step"] >= 0
+
+
+def test_memory_is_the_peers_over_ours(monkeypatch, tmp_path):
+    def measured(order, **_):
+        side = order[order.index("--side") + 1]
+        step = {"peer": 600, "memory": 200, "memory_pixels": 300}[side]
+        return memory.subprocess.CompletedProcess(order, 0, stdout=f"said\n{json.dumps({'model': 9, 'step': step})}\n")
+
+    monkeypatch.setattr(memory.subprocess, "run", measured)
+    memory.main(["--quick", "--device", "cpu", "--json", str(tmp_path / "memory.json")])
+    assert json.loads((tmp_path / "memory.json").read_text())["ratios"] == {"memory": 3.0, "memory_pixels": 2.0}
+
+
+def test_a_missing_peer_is_said_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "open_flamingo.src.flamingo", None)
+    with pytest.raises(SystemExit) as exit:
+        report.command("train", train.main, ["--quick", "--device", "cpu"])
+    assert exit.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pip install --no-deps open-flamingo==2.0.1 einops-exts" in said
+
+
+def test_mistakes_in_options(tmp_path):
+    with pytest.raises(InputError, match="--rounds must be at least 1"):
+        train.main(["--quick", "--rounds", "-3"])
+    with pytest.raises(InputError, match="there is no folder"):
+        train.main(["--quick", "--json", str(tmp_path / "nowhere" / "x.json")])
+
+
+def test_captions_are_as_long_as_people_write_them():
+    texts = [text for texts in shapes.make_texts(shapes.FULL, 400, 5, 16) for text in texts]
+    lengths = [len(text.ids) - 3 for text in texts]
+    assert 12.5 < sum(lengths) / len(lengths) < 13.5 and max(lengths) <= 32 and min(lengths) >= 4
+
+
+def test_both_sides_read_the_same_texts_and_ours_in_batches_of_equal_length():
+    examples = shapes.make_texts(shapes.FULL, 192, 5, 16)
+    every = {text for texts in examples for text in texts}
+    spread = {}
+    for name, batches in (("ours", train.own_batches(examples)(40)), ("peer", train.their_batches(examples)(40))):
+        assert all(text in every for batch in batches for text in batch) and {len(batch) for batch in batches} == {40}
+        spread[name] = sum(max(len(t.ids) for t in b) - min(len(t.ids) for t in b) for b in batches) / len(batches)
+    assert spread["ours"] < spread["peer"]
+    assert [len(b) for b in train.evenly(train.own_batches(examples)(40), 4)] == [40] * 4
