@@ -17,7 +17,7 @@ from flamingo.vision import OpenClipEncoder
 
 def build_ours(shape: Shape, tower: nn.Module, lm: nn.Module, peer: nn.Module | None = None) -> Flamingo:
     """Our Flamingo around these backbones, with the peer's trained weights if it is given."""
-    encoder = OpenClipEncoder(tower, "random ViT", lambda picture: picture, norm=True)
+    encoder = OpenClipEncoder(tower, "random ViT", lambda picture: picture)
     model = Flamingo(
         encoder, lm, media_token_id=shape.image, eoc_token_id=shape.eoc, pad_token_id=PAD,
         dim_visual=shape.vision_width,

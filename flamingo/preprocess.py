@@ -32,8 +32,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 class Preprocess:
     """PIL picture → (C, H, W), by settings that JSON can hold.
 
-    settings: {"library": "open_clip", …} with the fields of open_clip's PreprocessCfg, or {"library": "transformers", …}
-    with those of a CLIPImageProcessor.
+    settings: {"library": "open_clip", …} with the fields of open_clip's PreprocessCfg, or {"library":
+    "transformers", …} with those of a CLIPImageProcessor.
     """
 
     def __init__(self, settings: dict):

@@ -1,10 +1,10 @@
 """Going on after a kill, as if nothing had happened.
 
-What this file teaches: what the state of a training run is. The trained weights, AdamW's two moments of each and its step
-count, and how many steps are done; learning rate and data order are functions of that number, and nothing in the
-loop draws random numbers. All of it is one file, `resume.safetensors`, put in place in one step: whenever the
-run is killed, there is the last whole one. So a run that was stopped and resumed ends with the same weights, bit for bit
-on a CPU, as one that never was.
+What this file teaches: what the state of a training run is. The trained weights, AdamW's two moments of each and its
+step count, and how many steps are done; learning rate and data order are functions of that number, and nothing in the
+loop draws random numbers. All of it is one file, `resume.safetensors`, put in place in one step: whenever the run is
+killed, there is the last whole one. So a run that was stopped and resumed ends with the same weights, bit for bit on a
+CPU, as one that never was.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ def _entry(line: str) -> dict | None:
 class RunLog:
     """Everything a run writes beside its weights.
 
-    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds" since the launch}, and a line per validation,
+    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, and a line per validation,
     {"step", "val_loss", "val_loss_blind", "attn": [...], "ff": [...]} with tanh(gate) of each layer.
     """
 

@@ -75,7 +75,8 @@ def test_novel_objects_are_only_in_the_novel_split():
     [("apple", "an apple", "apples"), ("unicorn", "a unicorn", "unicorns"), ("cherry", "a cherry", "cherries"),
      ("fox", "a fox", "foxes"), ("church", "a church", "churches"), ("monkey", "a monkey", "monkeys"),
      ("mouse", "a mouse", "mice"), ("wolf", "a wolf", "wolves"), ("sheep", "a sheep", "sheep"),
-     ("tomato", "a tomato", "tomatoes"), ("bus", "a bus", "buses"), ("snowman", "a snowman", "snowmen"), ("jellyfish", "a jellyfish", "jellyfish"),
+     ("tomato", "a tomato", "tomatoes"), ("bus", "a bus", "buses"), ("snowman", "a snowman", "snowmen"),
+     ("jellyfish", "a jellyfish", "jellyfish"),
      ("umbrella", "an umbrella", "umbrellas")],
 )  # fmt: skip
 def test_articles_and_plurals(name, one, many):
@@ -117,12 +118,26 @@ def test_boxes_hold_the_drawing():
 
 
 def test_documents_keep_one_style():
-    documents = [text for i in range(500) for text in ClassroomScenes("train")[i].texts if len(text) > 1]
+    several = [text for i in range(500) for text in ClassroomScenes("train")[i].texts if len(text) > 1]
+    documents = [text for text in several if not is_naming(text)]
     assert len(documents) > 30
     for chunks in documents:
         assert [chunk.picture for chunk in chunks] == list(range(len(chunks)))
         assert len({chunk.prompt for chunk in chunks}) == 1
         assert len({"stop" in chunk.caption.split() for chunk in chunks}) == 1
+
+
+def is_naming(text) -> bool:
+    return text[-1].caption in scenes.INVENTED
+
+
+def test_an_invented_name_is_told_once_and_then_asked_for():
+    texts = [text for i in range(500) for text in ClassroomScenes("train")[i].texts if is_naming(text)]
+    assert len(texts) > 10
+    for chunks in texts:
+        told, asked = {c.prompt for c in chunks[:2]}, {c.caption for c in chunks[2:]}
+        assert len(told) == 2 and asked <= told <= set(scenes.INVENTED)
+        assert not any(c.caption for c in chunks[:2]) and not any(c.prompt for c in chunks[2:])
 
 
 # ------------------------------------------------------------------------------------------------------ labels

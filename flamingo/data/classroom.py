@@ -16,10 +16,13 @@ class ClassroomScenes(Dataset):
     ground, in reading order, so that names and places bind early; among longer captions they stay unlearned for long,
     because most of what can be gained at first lies elsewhere.
 
-    After them, nine in ten examples are one scene with two texts: a caption in some style (nearly always with its
-    cue) and a question about one fact. One in ten is a document: 2 or 3 scenes told in one style, which mostly
-    nothing names but the first captions themselves.
+    After them there are three kinds. Most are one scene with two texts: a caption in some style (nearly always with its
+    cue) and a question about one fact. Some are documents: 2 to 5 scenes told in one style, which mostly nothing
+    names but the first captions themselves. And some give two things invented names and ask for them again: what they
+    are called can only be looked up in the examples.
     """
+
+    DOCUMENTS, NAMINGS = 0.2, 0.08  # shares
 
     skipped: tuple[str, ...] = ()  # nothing is ever broken here
 
@@ -40,20 +43,35 @@ class ClassroomScenes(Dataset):
     def _plan(self, index: int) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
         """The scenes of an example and the texts about them."""
         rng = random.Random(f"example {self.seed} {self.split} {index}")
-        how_many = 1 if index < self.first_lessons else rng.choice((1,) * 18 + (2, 3))
-        told = [scenes.make_scene(self.seed, self.split, rng.randrange(2**40)) for _ in range(how_many)]
-        if how_many > 1:
+        scene = lambda: scenes.make_scene(self.seed, self.split, rng.randrange(2**40))  # noqa: E731
+        if index < self.first_lessons:
+            told = scene()
+            return [told], [[Chunk(0, scenes.CUES["list"], told.caption("list"))]]
+        kind = rng.random()
+        if kind < self.NAMINGS:
+            return naming(rng, self.split)
+        if kind < self.NAMINGS + self.DOCUMENTS:
+            told = [scene() for _ in range(rng.randint(2, 5))]
             style = rng.choice(scenes.STYLES)
             cue = scenes.CUES[style] if rng.random() < 0.2 else ""
-            return told, [[Chunk(k, cue, scene.caption(style)) for k, scene in enumerate(told)]]
-        if index < self.first_lessons:
-            return told, [[Chunk(0, scenes.CUES["list"], told[0].caption("list"))]]
-        style = rng.choice(scenes.STYLES)
+            return told, [[Chunk(k, cue, each.caption(style)) for k, each in enumerate(told)]]
+        told, style = scene(), rng.choice(scenes.STYLES)
         cue = scenes.CUES[style] if rng.random() < 0.9 else ""
-        return told, [[Chunk(0, cue, told[0].caption(style))], [question_chunk(told[0], rng)]]
+        return [told], [[Chunk(0, cue, told.caption(style))], [question_chunk(told, rng)]]
 
 
 def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:
     """One question about the scene, as the prompt, and its answer."""
     question, answer = rng.choice(scene.questions())
     return Chunk(0, f"Question: {question} Answer:", answer)
+
+
+def naming(rng: random.Random, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
+    """Two things are given invented names, then shown again, otherwise drawn: what are they called?"""
+    things = rng.sample(scenes.objects_of(split), 2)
+    words = dict(zip(things, rng.sample(scenes.INVENTED, 2), strict=True))
+    shown = [*things, *(rng.choice(things) for _ in range(2))]
+    told = [scenes.one_of(rng, thing) for thing in shown]
+    # The first showing of each is told: nobody could guess the name.
+    chunks = [Chunk(k, words[thing], "") if k < 2 else Chunk(k, "", words[thing]) for k, thing in enumerate(shown)]
+    return told, [chunks]

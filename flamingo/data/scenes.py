@@ -226,6 +226,11 @@ def _partners(split: str, pool: tuple[str, ...]) -> dict[str, frozenset[str]]:
     return {a: frozenset(b for b in pool if b != a and pair_split(a, b) == split) for a in pool}
 
 
+def objects_of(split: str) -> tuple[str, ...]:
+    """What is drawn in a split: the novel objects, or all others."""
+    return tuple(name for name in OBJECTS if name in NOVEL_OBJECTS) if split == "novel" else SEEN_OBJECTS
+
+
 def _choose_names(rng: random.Random, split: str, pool: tuple[str, ...], how_many: int) -> tuple[str, ...]:
     """Different objects of which *every* pair belongs to `split`."""
     partners = _partners(split, pool)
@@ -260,23 +265,30 @@ def make_scene(seed: int, split: str, index: int, *, include_novel: bool = False
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     # A string seeds Python's generator through SHA-512: the same on every machine and version.
     rng = random.Random(f"{seed} {split} {index}{' all' if include_novel else ''}{' crowd' if crowd else ''}")
-    pool = tuple(OBJECTS) if include_novel else SEEN_OBJECTS
-    if split == "novel":
-        pool = tuple(name for name in OBJECTS if name in NOVEL_OBJECTS)
+    pool = tuple(OBJECTS) if include_novel else objects_of(split)
 
     layout = "crowd" if crowd else rng.choice(("one", "count", "row", "column", "three"))
     how_many = {"one": 1, "count": rng.choice((2, 3)), "row": 2, "column": 2, "three": 3, "crowd": 9}[layout]
     different = 1 if layout in ("one", "count") else how_many
     names = _choose_names(rng, split, pool, different) * (how_many // different)
 
+    return _placed(rng, layout, names, _cells(rng, layout, how_many))
+
+
+def one_of(rng: random.Random, name: str) -> Scene:
+    """A scene of this object alone, its place, size and ground by `rng`."""
+    return _placed(rng, "one", (name,), _cells(rng, "one", 1))
+
+
+def _placed(rng: random.Random, layout: str, names: tuple[str, ...], cells: list[tuple[int, int]]) -> Scene:
+    """The objects in their cells, each a little off the centre, on a ground of some shade."""
     objects = []
-    for name, (row, column) in zip(names, _cells(rng, layout, how_many), strict=True):
+    for name, (row, column) in zip(names, cells, strict=True):
         width, height = sprite(name, rng.choice(SPRITE_SIZES)).size
         left = column * CELL + (CELL - width) // 2 + rng.randint(-JITTER, JITTER)
         top = row * CELL + (CELL - height) // 2 + rng.randint(-JITTER, JITTER)
         left, top = max(0, min(left, IMAGE_SIZE - width)), max(0, min(top, IMAGE_SIZE - height))
         objects.append(Placed(name, (left, top, left + width, top + height)))
-
     ground = rng.choice(tuple(GROUNDS))
     shade = rng.uniform(0.92, 1.02)
     rgb = tuple(min(255, round(channel * shade)) for channel in GROUNDS[ground])
