@@ -75,6 +75,7 @@ class CaptionedPictures(Dataset):
 
     Attributes:
         skipped: what was left out and why, one line each.
+        without_caption: pictures that can be read but have no usable caption.
     """
 
     first_lessons = 0  # all examples are equal
@@ -82,6 +83,7 @@ class CaptionedPictures(Dataset):
     def __init__(self, rows, image_column: str, caption_columns: Sequence[str], where: str):
         self.rows, self.image_column, self.caption_columns = rows, image_column, tuple(caption_columns)
         self.where, self.skipped, self.kept, self.lengths = where, [], [], []
+        self.without_caption: list[str] = []
         self._check_all()
 
     def _pictures(self, row: dict) -> list[dict]:
@@ -111,6 +113,8 @@ class CaptionedPictures(Dataset):
             if texts:
                 self.kept.append(i)
                 self.lengths.append(max(map(len, texts)))
+            else:
+                self.without_caption.append(name)
         if len(self.kept) < (1 - MOSTLY_BROKEN) * len(self.rows) or not self.kept:
             why = f"; the first: {self.skipped[0]}" if self.skipped else ""
             raise InputError(
