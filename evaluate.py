@@ -61,8 +61,7 @@ def main(args: argparse.Namespace) -> None:
     from flamingo.evaluation.exam import captioned_exam, classroom_exam
     from flamingo.evaluation.examine import examine, plan, print_result
     from flamingo.evaluation.parts import Parts
-
-    # from flamingo.evaluation.report import write_report
+    from flamingo.evaluation.report import write_report
     from flamingo.options import TrainingOptions, read_json
     from flamingo.training import pick_device
 
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     if args.data:
         options.data, options.image_column, options.caption_columns = args.data, None, None
     device = pick_device(args.device)
-    model, processor, _ = load_model(args.run)
+    model, processor, config = load_model(args.run)
     model.to(device)
 
     if uses_classroom(options):
@@ -88,9 +87,14 @@ def main(args: argparse.Namespace) -> None:
     parts = Parts(args.run, arguments | {"data": str(options.data), "model": [weights.st_size, weights.st_mtime_ns]})
 
     result = examine(todo, answerer, parts)
-    result["seconds"] = time.time() - began
+    result |= {
+        "options": summary.pop("options"),
+        "cost": summary,
+        "config": config.to_diff_dict(),
+        "seconds": time.time() - began,
+    }
     print_result(result, args.examples)
-    # write_report(args.run, summary, exam, result)
+    write_report(args.run, exam, result)
     write_json(args.run / "evaluation.json", result)
     parts.finish()
     print(f"wrote {args.run}/evaluation.json and {args.run}/report.html in {result['seconds']:.0f} s")

@@ -10,7 +10,7 @@ from functools import cached_property
 from PIL import Image
 from torch import Tensor
 
-from flamingo.captioning import NEW_TOKENS, continue_texts, encode_and_pool, score_answers
+from flamingo import captioning
 from flamingo.errors import InputError
 from flamingo.modeling import Flamingo
 from flamingo.processor import Chunk, FlamingoProcessor
@@ -38,7 +38,7 @@ class Answerer:
 
     @cached_property
     def _encoded(self) -> tuple[Tensor, Tensor]:
-        return encode_and_pool(
+        return captioning.encode_and_pool(
             self.model, self.processor, self.pictures, autocast=self.autocast(), progress="encoding pictures"
         )
 
@@ -54,13 +54,13 @@ class Answerer:
 
     def say(self, texts: Sequence[Sequence[Chunk]], title: str, *, blind: bool = False) -> list[str]:
         """How the model ends each text; `Chunk.picture` are rows of the bank."""
-        return continue_texts(
+        return captioning.continue_texts(
             self.model, self.processor, self.latents, texts, blind=blind, autocast=self.autocast, progress=title
         )
 
     def choose(self, texts: Sequence[Sequence[Chunk]], answers: Sequence[str], title: str) -> Tensor:
         """Log-likelihood of each answer at the end of each text, (B, K)."""
-        return score_answers(
+        return captioning.score_answers(
             self.model, self.processor, self.latents, texts, answers, autocast=self.autocast, progress=title
         )
 
@@ -73,7 +73,7 @@ class Answerer:
         positions = getattr(self.model.lang_encoder.config, "max_position_embeddings", None)
         if positions is None:
             return
-        room = positions - NEW_TOKENS - len(self.processor.begin_ids) - max(map(self.length, queries))
+        room = positions - captioning.NEW_TOKENS - len(self.processor.begin_ids) - max(map(self.length, queries))
         fit = 0
         for length in sorted(map(self.length, examples), reverse=True):
             room -= length

@@ -34,7 +34,7 @@ from flamingo.errors import InputError
 from flamingo.evaluation import attention, controls
 from flamingo.evaluation.answers import Answerer
 from flamingo.evaluation.exam import Exam
-from flamingo.evaluation.few_shot import FewShot, Task, captioning_task, check_shots, curve, questions_task
+from flamingo.evaluation.few_shot import SCORES, FewShot, Task, captioning_task, check_shots, curve, questions_task
 from flamingo.evaluation.metrics import cider_d, exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.ptb import ptb_tokens
@@ -106,7 +106,7 @@ def plan(exam: Exam, answerer: Answerer, args: argparse.Namespace) -> Plan:
 
 
 def examine(todo: Plan, answerer: Answerer, parts: Parts) -> dict:
-    """Ask everything → what evaluation.json holds, but for `seconds`."""
+    """Ask everything → what evaluation.json holds, but for the last two lines above."""
     exam, took = todo.exam, {}
 
     def timed(name: str, work: Callable):
@@ -158,10 +158,11 @@ def few_shot_results(todo: Plan, said: dict[str, list[str]], answerer: Answerer,
     for name, (captions, items, task) in given.items():
         n = len(tasks[task].queries)
         result[name] = float(exact_match(captions[:n], [item.truths for item in items[:n]]).mean())
-    result["questions"] = curve(tasks["questions"], how, answerer, parts)
+    result["questions"] = {"shots": curve(tasks["questions"], how, answerer, parts)}
     for name in ("classification", "classification_novel"):
         task = tasks[name]
-        result[name] = {"chance": task.chance, "names": len(task.answers)} | curve(task, how, answerer, parts, False)
+        table = curve(task, how, answerer, parts, text_only=False)
+        result[name] = {"chance": task.chance, "names": len(task.answers), "shots": table}
     result["fast_binding"] = fast_binding(answerer, parts, todo.episodes["fast binding"], "fast binding")
     result["fast_binding"]["novel"] = fast_binding(
         answerer, parts, todo.episodes["fast binding_novel"], "fast binding (novel)"
@@ -236,20 +237,18 @@ def print_table(result: dict) -> None:
 
 def print_few_shot(result: dict) -> None:
     """One row for each number of shots: mean ± spread over trials."""
-    columns = [(result["shots"], name) for name in ("exact_match", "exact_match_novel", "text_only_demos", "cider_d",
-               "cider_d_text_only_demos")]  # fmt: skip
-    titles = ["exact match", "novel", "texts only", "CIDEr-D", "texts only"]
+    columns = [(name, result["shots"], name) for name in SCORES]  # title, table, score
     for name in ("questions", "classification", "classification_novel"):
-        columns.append((result.get(name, {}), "exact_match"))
-        titles.append({"classification": "which one?", "classification_novel": "(novel)"}.get(name, name))
-    there = [i for i, (table, name) in enumerate(columns) if next(iter(table.values()), None) is not None
-             and any(isinstance(row, dict) and row.get(name) is not None for row in table.values())]  # fmt: skip
+        if name in result:
+            columns.append((name, result[name]["shots"], "exact_match"))
+    columns = [column for column in columns if any(row.get(column[2]) is not None for row in column[1].values())]
     way = result["few_shot"]
     print(f"\nfew-shot: examples {way['demos']}, mean ± spread of {way['trials']} draws; 0 shots: {way['zero_shot']}")
-    print("shots" + "".join(f"{titles[i]:>16}" for i in there))
+    titles = [title.replace("_demos", "").replace("classification", "which_one?") for title, _, _ in columns]
+    print("shots" + "".join(f"{title:>20}" for title in titles))
     for k in result["shots"]:
-        cells = [(columns[i][0][k][columns[i][1]], columns[i][0][k][columns[i][1] + "_spread"]) for i in there]
-        print(f"{k:>5}" + "".join(f"{value:9.3f} ± {spread:.3f}" for value, spread in cells))
+        cells = [(table[k][score], table[k][f"{score}_spread"]) for _, table, score in columns]
+        print(f"{k:>5}" + "".join(f"{value:12.3f} ± {spread:.3f}" for value, spread in cells))
     if "exact_match_style_given" in result:
         print(
             f"style named by its cue, no example: {result['exact_match_style_given']:.3f}, "

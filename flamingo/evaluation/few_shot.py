@@ -32,6 +32,8 @@ from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.processor import EOC_TOKEN, Chunk
 
+SCORES = ("exact_match", "exact_match_novel", "text_only_demos", "cider_d", "cider_d_text_only_demos")  # of captions
+
 
 @dataclass(frozen=True)
 class Query:
