@@ -48,7 +48,7 @@ from flamingo.evaluation.single_objects import (
 
 CLASSROOM_SHOTS, SET_SHOTS = (0, 1, 2, 4, 8), (0, 2, 4)
 FEWER = 100  # questions, classifications: queries for each number of shots
-NAMES, SCENES_OF_A_NAME = 20, 4  # to choose among in classification; each shown on this many grounds
+NAMES, SCENES_OF_A_NAME = 20, 6  # to choose among in classification; each shown on this many grounds
 EPISODES = 200  # of fast binding
 LOOKED_AT = {True: 200, False: 32}  # pictures whose attention is worked out: in the classroom, of a captioned set
 
@@ -95,7 +95,7 @@ def plan(exam: Exam, answerer: Answerer, args: argparse.Namespace) -> Plan:
         novel, fewer = min(n, len(exam.novel)), min(n, FEWER)
         tasks["captions_novel"] = captioning_task("captions (novel)", exam.novel[:novel], novel_rows[:novel], *few)
         tasks["questions"] = questions_task(exam.items[:fewer], rows[:fewer], exam, support, args.seed)
-        for kind, split in (("", "test"), ("_novel", "novel")):
+        for kind, split in (("", "train"), ("_novel", "novel")):  # one object is no pair: new in every split
             singles = add_single_objects(answerer, split, args.seed, NAMES, SCENES_OF_A_NAME)
             tasks[f"classification{kind}"] = classification_task(f"classification{kind}", singles, fewer)
             result.episodes[f"fast binding{kind}"] = binding_episodes(singles, min(EPISODES, n), args.seed)

@@ -24,37 +24,40 @@ from flamingo.evaluation.parts import Parts
 from flamingo.processor import Chunk
 
 # ------------------------------------------------------------------------------------------------- pictures
+SEARCHED = 20_000  # scenes, at most
+EXAMPLES = 3  # scenes of a name that classification keeps for examples
 Singles = dict[str, list[tuple[int, scenes.Scene]]]  # name → (row of the bank, scene), each with another ground
 
 
 def add_single_objects(answerer: Answerer, split: str, seed: int, most_names: int, each: int) -> Singles:
     """Put scenes of one object into the bank: up to `most_names` names, `each` of a name, all on different grounds."""
-    found: dict[str, dict[str, scenes.Scene]] = {}
-    for i in range(150 * most_names):
+    found: dict[str, dict[str, scenes.Scene]] = {}  # name → ground → scene
+    whole: list[str] = []
+    for i in range(SEARCHED):
         scene = scenes.make_scene(seed, split, 2**41 + i)
-        if scene.layout == "one":
+        if scene.layout == "one" and scene.names[0] not in whole:
             grounds = found.setdefault(scene.names[0], {})
-            if len(grounds) < each:
-                grounds.setdefault(scene.ground, scene)
-    whole = {name: list(grounds.values()) for name, grounds in found.items() if len(grounds) == each}
-    names = sorted(whole)
-    names = sorted(random.Random(f"names {seed} {split}").sample(names, min(most_names, len(names))))
-    pictures = [scene.draw() for name in names for scene in whole[name]]
-    rows = iter(answerer.add(pictures))
-    return {name: [(next(rows), scene) for scene in whole[name]] for name in names}
+            grounds.setdefault(scene.ground, scene)
+            whole += [scene.names[0]] if len(grounds) == each else []
+        if len(whole) == most_names:
+            break
+    rows = iter(answerer.add([scene.draw() for name in whole for scene in found[name].values()]))
+    return {name: [(next(rows), scene) for scene in found[name].values()] for name in whole}
 
 
 # ------------------------------------------------------------------------------------------- classification
 def classification_task(name: str, singles: Singles, n: int) -> Task:
-    """Which of these objects is it? The first scene of each name is for examples, the others are asked about."""
+    """Which of these objects is it? The first scenes of each name are for examples, the others are asked about."""
 
     def ask(row: int, scene: scenes.Scene) -> Chunk:
         answer = scenes.with_article(scene.names[0])
         question = next(question for question, right in scene.questions() if right == answer)
         return Chunk(row, f"Question: {question} Answer:", answer)
 
-    support = {row: scene for (row, scene), *_ in singles.values()}
-    turns = zip(*(pairs[1:] for pairs in singles.values()), strict=True)  # every name once, then every name again
+    support = {row: scene for pairs in singles.values() for row, scene in pairs[:EXAMPLES]}
+    turns = zip(
+        *(pairs[EXAMPLES:] for pairs in singles.values()), strict=True
+    )  # every name once, then every name again
     asked = [ask(row, scene) for turn in turns for row, scene in turn][:n]
     queries = [Query(chunk.picture, chunk.prompt, [chunk.caption]) for chunk in asked]
     answers = [scenes.with_article(name) for name in singles]
