@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> None:
     todo = plan(exam, answerer, args)  # mistakes are found here, before anything is run
     weights = (args.run / WEIGHTS).stat()
     arguments = {name: str(value) for name, value in vars(args).items() if name not in ("run", "examples", "device")}
-    parts = Parts(args.run, arguments | {"data": str(options.data), "model": [weights.st_size, weights.st_mtime_ns]})
+    arguments |= {"exam": exam.fingerprint(), "model": [weights.st_size, weights.st_mtime_ns]}
+    parts = Parts(args.run, arguments)
 
     result = examine(todo, answerer, parts)
     result |= {

@@ -27,6 +27,7 @@ from flamingo.processor import Chunk
 CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
 SAID = {"blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
         "copy_demo": "a copied example"}  # fmt: skip
+COMPARED = 128  # captions among which the constant one is looked for: each is compared with all
 
 
 def answer_all(
@@ -51,10 +52,10 @@ def answer_all(
 
 
 def constant_captions(exam: Exam) -> list[str]:
-    """For each item the support caption that shares most words with the others: one for all (one a style, if told)."""
+    """For each item the support caption that shares most words with others: one for all (one a style, if told)."""
     chosen: dict[str, str] = {}
     for style in {item.style for item in exam.items}:
-        captions = sorted({item.told_as(style) for item in exam.support})
+        captions = list(dict.fromkeys(item.told_as(style) for item in exam.support))[:COMPARED]
         words = [set(ptb_tokens(caption)) for caption in captions]
         alike = [sum(len(own & other) / max(1, len(own | other)) for other in words) for own in words]
         chosen[style] = captions[int(np.argmax(alike))]

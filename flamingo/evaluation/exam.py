@@ -5,9 +5,10 @@ only) show things that training never showed; *support* pictures come from the t
 as solved examples.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -16,7 +17,13 @@ from flamingo.data.sources import captioned_splits
 from flamingo.errors import InputError
 from flamingo.options import TrainingOptions
 
-SUPPORT = 512  # pictures to draw examples from; OpenFlamingo draws from 2048
+SUPPORT = 512  # pictures to draw examples from, at most; OpenFlamingo draws from 2048
+FEW_SUPPORT = 64  # a small exam of n items has n of them, but at least so many
+
+
+def support_size(n: int) -> int:
+    """How many pictures to draw examples from, in an exam of n items."""
+    return min(SUPPORT, max(FEW_SUPPORT, n))
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,12 @@ class Exam:
     items: list[Item]
     novel: list[Item]
     support: list[Item]
-    classroom: bool = field(default=False)
+    classroom: bool = False
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when a caption or a prompt of the exam does."""
+        words = [(item.prompt, *item.truths) for item in (*self.items, *self.novel, *self.support)]
+        return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------------- classroom
@@ -83,7 +95,7 @@ def classroom_exam(split: str | None, n: int, seed: int) -> Exam:
     items = classroom_items(split, n, seed)
     novel = classroom_items("novel", max(2, n // 2), seed)
     # Numbers that no item has, should somebody score the training split.
-    support = [scenes.make_scene(seed, "train", 2**42 + i) for i in range(SUPPORT)]
+    support = [scenes.make_scene(seed, "train", 2**42 + i) for i in range(support_size(n))]
     shown = [Item(scene.draw(), "", [scene.caption(scenes.STYLES[0])], "", scene) for scene in support]
     return Exam("the classroom", split, items, novel, shown, classroom=True)
 
@@ -117,6 +129,6 @@ def captioned_exam(options: TrainingOptions, split: str | None, n: int, seed: in
         example = examples[i]
         items.append(Item(example.pictures[0], "", _captions(example), str(len(example.pictures))))
     train = splits["train"]
-    drawn = random.Random(f"support {seed}").sample(range(len(train)), min(SUPPORT, len(train)))
+    drawn = random.Random(f"support {seed}").sample(range(len(train)), min(support_size(n), len(train)))
     support = [Item(train[i].pictures[0], "", _captions(train[i]), "") for i in drawn]
     return Exam(str(options.data), chosen, items, [], [item for item in support if item.truths])
