@@ -25,6 +25,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--n", type=int, default=1000, help="pictures to score (default: %(default)s)")
     add("--seed", type=int, default=0, help="which scenes and examples are drawn (default: %(default)s)")
     add("--data", default=None, help="score on this captioned set instead of the run's own")
+    add("--image-column", default=None, help="its picture column, if it cannot be found")
+    add("--caption-columns", default=None, help="its caption columns, comma separated, if they cannot be found")
     add("--split", default=None, help="which split of it (default: test, or validation if there is no test split)")
     add("--shots", type=int, nargs="*", default=None, metavar="K",
         help="numbers of examples in few-shot prompts; no number: leave few-shot out (default: 0 1 2 4 8 in the "
@@ -46,6 +48,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in (("queries", 2), ("trials", 1), ("examples", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if (args.image_column or args.caption_columns) and not args.data:
+        raise InputError("--image-column and --caption-columns belong to --data: name the set")
     if args.shots and min(args.shots) < 0:
         raise InputError(f"--shots must not be negative, but one is {min(args.shots)}")
     args.shots = args.shots if args.shots is None else sorted(set(args.shots))
@@ -71,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
     summary = read_json(args.run / "summary.json")
     options = TrainingOptions(**summary["options"])
     if args.data:
-        options.data, options.image_column, options.caption_columns = args.data, None, None
+        options.data = args.data
+        options.image_column, options.caption_columns = args.image_column, args.caption_columns
     device = pick_device(args.device)
     model, processor, config = load_model(args.run)
     model.to(device)

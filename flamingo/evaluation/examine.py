@@ -81,7 +81,8 @@ def plan(exam: Exam, answerer: Answerer, args: argparse.Namespace) -> Plan:
     result = Plan(exam, args.seed, rows, novel_rows, None, args.template, {}, {})
     if not shots:
         return result
-    how = FewShot(shots, args.trials, args.demos, args.zero_shot, args.seed)
+    trials = args.trials if args.demos == "random" else 1  # the most similar are the same in every draw
+    how = FewShot(shots, trials, args.demos, args.zero_shot, args.seed)
     if max(shots) > len(exam.support):
         raise InputError(
             f"--shots {max(shots)} asks for more examples than there are pictures to draw them from: {exam.source} "

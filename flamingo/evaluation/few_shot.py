@@ -133,12 +133,12 @@ def curve(task: Task, how: FewShot, answerer: Answerer, parts: Parts, text_only:
     """shots ("0", "1", …) → {exact_match, …_spread, …_interval, and the same for text_only_demos}.
 
     Captions of sets that people wrote also get cider_d and cider_d_text_only_demos. The spread is the standard
-    deviation over trials (0 for a single one: 0 shots, or RICES, which draws nothing); the interval is over queries.
+    deviation over trials (0 for a single one, as at 0 shots); the interval is over queries.
     """
     by_people = task.name.startswith("caption") and not task.queries[0].style
     table: dict[str, dict] = {}
     for shots in how.shots:
-        trials = how.trials if shots and how.demos == "random" else 1
+        trials = how.trials if shots else 1
         said = [_answers(task, how, shots, trial, False, answerer, parts) for trial in range(trials)]
         only_words = said if not shots or not text_only else [
             _answers(task, how, shots, trial, True, answerer, parts) for trial in range(trials)

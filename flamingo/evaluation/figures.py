@@ -83,7 +83,7 @@ def few_shot_figure(result: dict) -> bytes | None:
         axes.axhline(given, color=LIMIT, lw=1, label="style named by its cue, no example")
     axes.set(xlabel="examples in the prompt (shots)")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     return png(figure)
 
 
@@ -98,7 +98,7 @@ def tasks_figure(result: dict) -> bytes | None:
     _line(axes, result["classification_novel"]["shots"], "exact_match", "which novel object is it?", NOVEL, "^-")
     axes.axhline(result["classification"]["chance"], color=LIMIT, lw=1, ls=":", label="guessing which object")
     axes.set(xlabel="examples in the prompt (shots)", ylim=(0, 1.05))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     return png(figure)
 
 
@@ -122,7 +122,7 @@ def binding_figure(result: dict) -> bytes | None:
 
 
 def attention_figure(
-    picture: Image.Image, caption: str, words: Sequence[tuple[str, Sequence[Sequence[float]]]],
+    picture: Image.Image, words: Sequence[tuple[str, Sequence[Sequence[float]]]],
     boxes: dict[str, Sequence[tuple[int, int, int, int]]],
 ) -> bytes:  # fmt: skip
     """A picture, and where the model looked as it said each word.
@@ -142,6 +142,4 @@ def attention_figure(
         for left, top, right, bottom in boxes.get(word, ()):
             axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec="cyan", lw=1.2))
         axes.set_title(f"“{word}”".replace("$", r"\$"), fontsize=9)
-    shown = caption if len(caption) < 70 else caption[:67] + "…"
-    figure.suptitle(shown.replace("$", r"\$"), fontsize=8, y=0.06)
     return png(figure)

@@ -39,7 +39,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 td.own { font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+@media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding: .3rem .35rem; } }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem;
+  margin-top: 1.2rem; }
 figure { margin: 0; } figure img { max-width: 100%; background: #fff; border-radius: 6px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--wrong); border-radius: 6px;
@@ -117,15 +119,20 @@ def _number(value) -> str:
 
 
 def _scores(result: dict) -> str:
-    head = ["", "score", "interval", *(name.replace("_", " ") for name in result["controls"]), "scale"]
+    head = ["", "score", "interval", *(name.replace("_", " ") for name in result["controls"])]
     rows = []
     for name, score in result["metrics"].items():
         interval = "" if score["low"] is None else f"{score['low']:.3f} – {score['high']:.3f}"
         others = [_number(control[name]["value"]) for control in result["controls"].values()]
-        rows.append([name.replace("_", " "), _number(score["value"]), interval, *others, score["scale"]])
+        rows.append([name.replace("_", " "), _number(score["value"]), interval, *others])
+    scales: dict[str, list[str]] = {}
+    for name, score in result["metrics"].items():
+        scales.setdefault(score["scale"], []).append(name.replace("_", " "))
+    scale = "; ".join(f"{', '.join(names)}: {text}" for text, names in scales.items())
     return _table(head, rows) + (
-        '<p class="quiet">Controls: blind, the picture taken away; shuffled, another’s picture; constant, one '
-        "caption for all; copy demo, the caption of a picture drawn from the examples. What lies above all four was "
+        f'<p class="quiet">Scales. {escape(scale)}.</p>'
+        '<p class="quiet">Controls. Blind: the picture taken away. Shuffled: another’s picture. Constant: one '
+        "caption for all. Copy demo: the caption of a picture drawn from the examples. What lies above all four was "
         "read off the picture.</p>"
     )
 
@@ -152,11 +159,11 @@ def _few_shot(result: dict) -> str:
         [k, *(f"{row[name]:.3f} ± {row[name + '_spread']:.3f}" for name in columns)]
         for k, row in result["shots"].items()
     ]
+    chosen = "at random" if way["demos"] == "random" else "the most similar (RICES)"
+    zero = "no example" if way["zero_shot"] == "bare" else "two examples without pictures"
     text = (
-        f"Examples: {way['demos']}, from {way['support']} pictures of the training split; ± is the spread over "
-        f"{way['trials']} draws. 0 shots: "
-        f"{'no example' if way['zero_shot'] == 'bare' else 'two examples without pictures'}. "
-        f"Template: {way['template'] or 'none'}."
+        f"Examples: {chosen}, from {way['support']} pictures of the training split; ± is the spread over "
+        f"{way['trials']} draws. 0 shots: {zero}. Template: {way['template'] or 'none'}."
     )
     if "exact_match_style_given" in result:
         bound = result["fast_binding"]
@@ -186,7 +193,7 @@ def _attention(exam: Exam, result: dict) -> str:
             for form in {placed.name, scenes.plural(placed.name)}:
                 boxes.setdefault(form, []).append(placed.box)
         caption = result["examples"][i]["said"]
-        picture = figures.attention_figure(_thumbnail(item.picture, 320), caption, words, boxes)
+        picture = figures.attention_figure(_thumbnail(item.picture, 320), words, boxes)
         shown.append(_figure(picture, f"It says: {caption}"))
     if not shown:
         return ""
