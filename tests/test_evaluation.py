@@ -469,6 +469,14 @@ def test_the_number_of_shots_that_fits_does_fit(fresh, exam):
     assert fit > 8 and longest + 8 <= 512
 
 
+def test_of_the_usual_shots_those_that_fit_are_kept(fresh, exam):
+    assert plan(exam, fresh, arguments(shots=None)).how.shots == [0, 1, 2, 4, 8]
+    few = Exam("x", "test", items_of(["a", "b"]), [], items_of(["c", "d", "a"]))
+    assert plan(few, Answerer(fresh.model, fresh.processor), arguments(shots=None)).how.shots == [0, 2]
+    with pytest.raises(InputError, match=r"--shots 3 asks for more .* at most 2 \(captions\)"):  # "a" gives it away
+        plan(few, Answerer(fresh.model, fresh.processor), arguments(shots=[3]))
+
+
 # -------------------------------------------------------------------------------------------------------- report
 class Page(HTMLParser):
     """What a page refers to, and its tags."""

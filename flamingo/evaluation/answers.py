@@ -68,7 +68,7 @@ class Answerer:
         """Tokens of a finished chunk."""
         return len(self.processor.encode_chunks([chunk])[0]) - len(self.processor.begin_ids)
 
-    def check_room(self, shots: Sequence[int], examples: Sequence[Chunk], queries: Sequence[Chunk]) -> None:
+    def check_room(self, shots: int, examples: Sequence[Chunk], queries: Sequence[Chunk]) -> None:
         """Raises InputError, naming the number that fits, if the longest examples could leave no room for an answer."""
         positions = getattr(self.model.lang_encoder.config, "max_position_embeddings", None)
         if positions is None:
@@ -80,8 +80,8 @@ class Answerer:
             if room < 0:
                 break
             fit += 1
-        if max(shots) > fit:
+        if shots > fit:
             raise InputError(
-                f"--shots {max(shots)} does not fit: the language model has {positions} positions, "
+                f"--shots {shots} does not fit: the language model has {positions} positions, "
                 f"enough for {fit} of these examples; ask for at most {fit} shots"
             )

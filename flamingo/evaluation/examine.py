@@ -27,7 +27,7 @@ data, split, arguments  what was asked;   seconds, seconds_by_part (a part that 
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flamingo.data import scenes
 from flamingo.errors import InputError
@@ -100,10 +100,20 @@ def plan(exam: Exam, answerer: Answerer, args: argparse.Namespace) -> Plan:
             singles = add_single_objects(answerer, split, args.seed, NAMES, SCENES_OF_A_NAME)
             tasks[f"classification{kind}"] = classification_task(f"classification{kind}", singles, fewer)
             result.episodes[f"fast binding{kind}"] = binding_episodes(singles, min(EPISODES, n), args.seed)
-    for task in tasks.values():
-        check_shots(task, how, answerer)
-    result.how, result.tasks = how, tasks
+    result.how, result.tasks = _that_fit(how, tasks, answerer, asked=args.shots is not None), tasks
     return result
+
+
+def _that_fit(how: FewShot, tasks: dict[str, Task], answerer: Answerer, asked: bool) -> FewShot:
+    """Raises InputError if the shots do not fit and were asked for; of the usual ones those that do are kept."""
+    try:
+        for task in tasks.values():
+            check_shots(task, how, answerer)
+    except InputError:
+        if asked or len(how.shots) == 1:
+            raise
+        return _that_fit(replace(how, shots=how.shots[:-1]), tasks, answerer, asked)
+    return how
 
 
 def examine(todo: Plan, answerer: Answerer, parts: Parts) -> dict:

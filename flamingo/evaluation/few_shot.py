@@ -70,6 +70,15 @@ class FewShot:
     zero_shot: str = "bare"
     seed: int = 0
 
+    def examples_at(self, shots: int) -> int:
+        """How many examples a prompt shows: `shots`, or two (without pictures) where that is what 0 means."""
+        return 2 if not shots and self.zero_shot == "two-texts" else shots
+
+    @property
+    def most(self) -> int:
+        """Examples of the longest prompt."""
+        return max(map(self.examples_at, self.shots))
+
 
 # ------------------------------------------------------------------------------------------------------- prompts
 def prompt_text(query: Query, examples: Sequence[Chunk], text_only: bool = False) -> list[Chunk]:
@@ -119,13 +128,13 @@ def check_shots(task: Task, how: FewShot, answerer: Answerer) -> None:
         right = set(map(normalise, query.truths))
         own = solved[query.style].items()
         available = min(available, sum(row != query.row and not _gives_away(task, e, right) for row, e in own))
-    if max(how.shots) > available:
+    if how.most > available:
         raise InputError(
             f"--shots {max(how.shots)} asks for more examples than there are pictures to draw them from: "
             f"at most {available} ({task.name})"
         )
     examples = [example for own in solved.values() for example in own.values()]
-    answerer.check_room(how.shots, examples, [Chunk(query.row, query.prompt) for query in task.queries])
+    answerer.check_room(how.most, examples, [Chunk(query.row, query.prompt) for query in task.queries])
 
 
 # ----------------------------------------------------------------------------------------------------- the curve
@@ -159,11 +168,9 @@ def _answers(
     title = f"{task.name}, {shots} shots, trial {trial + 1}" + (", texts only" if text_only else "")
 
     def work() -> list[str]:
-        two_texts = not shots and how.zero_shot == "two-texts"
-        examples = choose_examples(task, 2 if two_texts else max(how.shots), how, trial, answerer)
-        count = 2 if two_texts else shots
+        examples, count = choose_examples(task, how.most, how, trial, answerer), how.examples_at(shots)
         texts = [
-            prompt_text(query, own[len(own) - count :], text_only or two_texts)
+            prompt_text(query, own[how.most - count :], text_only or not shots)
             for query, own in zip(task.queries, examples, strict=True)
         ]
         if task.answers is None:
