@@ -264,7 +264,8 @@ def print_few_shot(result: dict) -> None:
         print(
             f"style named by its cue, no example: {result['exact_match_style_given']:.3f}, "
             f"novel {result['exact_match_novel_style_given']:.3f}; "
-            f"guessing among the names: {result['classification']['chance']:.3f}"
+            f"guessing which one: {result['classification']['chance']:.3f}, "
+            f"novel {result['classification_novel']['chance']:.3f}"
         )
     if "fast_binding" in result:
         bound = result["fast_binding"]
