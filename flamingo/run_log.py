@@ -109,9 +109,9 @@ class RunLog:
     ) -> None:
         """Caption a few validation pictures, say two, draw all."""
         rng = random.Random(f"samples {self.options.seed} {len(self.validations)}")
-        chosen = [examples[i] for i in rng.sample(range(len(examples)), min(SHOWN, len(examples)))]
-        pictures = [example.pictures[0] for example in chosen]
-        told = [next(chunk for chunk in example.texts[0] if chunk.picture == 0) for example in chosen]
+        drawn = (examples[i] for i in rng.sample(range(len(examples)), min(2 * SHOWN, len(examples))))
+        first = ((e.pictures[0], next(c for c in e.texts[0] if c.picture == 0)) for e in drawn)
+        pictures, told = zip(*[(picture, c) for picture, c in first if c.caption][:SHOWN], strict=True)
         prompts, truths = [chunk.prompt for chunk in told], [chunk.caption for chunk in told]
         model.eval()
         with autocast:

@@ -44,7 +44,6 @@ from flamingo.training import warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
 LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
-LOOKING_UP = 0.3  # steps of looking up, as a share of those before
 WORD_SPACE = 64  # dimensions that the word vectors begin in, fewer than there are objects (see pretrain_lm)
 CLIP_CONFIG = {
     "embed_dim": LM_WIDTH,  # pictures, captions and the words of the language model in one space
@@ -94,39 +93,44 @@ def make_optimizer(modules: list[nn.Module], lr: float) -> torch.optim.AdamW:
     )  # fmt: skip
 
 
-def packed_rows(tokenizer, first: int, rows: int, length: int, looking_up: bool) -> tuple[Tensor, int]:
+def packed_rows(tokenizer, first: int, rows: int, length: int) -> tuple[Tensor, int]:
     """(rows, length) token ids: documents one after the other, each row beginning with a document."""
     batch = []
     while len(batch) < rows:
         row: list[int] = []
         while len(row) < length:
-            text = document(SEED, "train", first, include_novel=True, looking_up=looking_up)
-            row += tokenizer(text).input_ids
+            row += tokenizer(document(SEED, "train", first, include_novel=True)).input_ids
             first += 1
         batch.append(row[:length])
     return torch.tensor(batch), first
 
 
 @torch.no_grad()
-def _spread_words(vectors: Tensor) -> None:
+def _spread_words(vectors: Tensor, tokenizer) -> None:
     """Word vectors (V, D) far apart from the start: tied as they are, they are also the answers, and at the usual 0.02
     no hidden state could name one with confidence. And all in WORD_SPACE dimensions: with more objects than dimensions,
-    what maps pictures of *some* objects to their words maps those of the others too."""
+    what maps pictures of *some* objects to their words maps those of the others too. A plural begins as its singular
+    and one step, the same for all: who can name one tomato can name three."""
     plane = torch.linalg.qr(torch.randn(vectors.shape[1], WORD_SPACE)).Q  # (D, WORD_SPACE) orthonormal columns
     vectors.copy_(0.17 * torch.randn(len(vectors), WORD_SPACE) @ plane.T)
+    to_plural = 0.17 * torch.randn(WORD_SPACE) @ plane.T
+    for name in scenes.OBJECTS:
+        one, many = (tokenizer(f" {word}", add_special_tokens=False).input_ids for word in (name, scenes.plural(name)))
+        if one != many and len(one) == len(many) == 1:
+            vectors[many[0]] = vectors[one[0]] + to_plural
 
 
-def read_documents(model: OPTForCausalLM, tokenizer, steps: int, lr: float, looking_up: bool = False) -> None:
+def read_documents(model: OPTForCausalLM, tokenizer, steps: int, lr: float) -> None:
     """Next-token prediction, `steps` batches of about 6000 tokens."""
     optimizer = make_optimizer([model], lr)
-    device, first = model.device, 2**39 if looking_up else 0
-    bar = tqdm(range(steps), desc="OPT, looking up" if looking_up else "OPT", mininterval=5)
+    device, first = model.device, 0
+    bar = tqdm(range(steps), desc="OPT", mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * warmup_cosine(step, steps, 50)
         # Every eighth batch has full-length rows, so that the far positions are trained too.
-        length, rows = (LM_POSITIONS, 12) if step % 8 == 0 else (96, 64) if looking_up else (192, 32)
-        input_ids, first = packed_rows(tokenizer, first, rows, length, looking_up)
+        length, rows = (LM_POSITIONS, 12) if step % 8 == 0 else (192, 32)
+        input_ids, first = packed_rows(tokenizer, first, rows, length)
         input_ids = input_ids.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(input_ids=input_ids, labels=input_ids).loss
@@ -151,11 +155,8 @@ def pretrain_lm(out: Path, steps: int, device: torch.device) -> dict:
             dropout=0.0, attention_dropout=0.0, pad_token_id=1, bos_token_id=2, eos_token_id=2,
         )
     ).to(device)  # fmt: skip
-    _spread_words(model.get_input_embeddings().weight)
+    _spread_words(model.get_input_embeddings().weight, tokenizer)
     read_documents(model, tokenizer, steps, lr=2e-3)
-    # Then mostly what can be looked up, at short range; the word vectors have found their places and stay.
-    model.get_input_embeddings().weight.requires_grad_(False)
-    read_documents(model, tokenizer, round(LOOKING_UP * steps), lr=1e-3, looking_up=True)
     model.eval()
     report = {"lm_parameters": sum(p.numel() for p in model.parameters()), "lm_seconds": round(time.time() - began)}
     held_out = [document(SEED, "test", i, include_novel=False) for i in range(200)]
@@ -301,7 +302,7 @@ def main() -> None:
     parser.add_argument("--clip-only", action="store_true", help="keep the OPT that is there and train the CLIP anew")
     parser.add_argument("--lm-steps", type=int, default=700, help="optimizer steps for the OPT (default: %(default)s)")
     parser.add_argument(
-        "--clip-steps", type=int, default=1200, help="optimizer steps for the CLIP (default: %(default)s)"
+        "--clip-steps", type=int, default=700, help="optimizer steps for the CLIP (default: %(default)s)"
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,17 +12,18 @@ from flamingo.processor import Chunk
 class ClassroomScenes(Dataset):
     """`size` examples, each a pure function of (seed, split, index).
 
-    The first `first_lessons` are *first words*: one scene told as a list. Nearly every word of it is a name or a
-    ground, in reading order, so that names and places bind early; among longer captions they stay unlearned for long,
-    because most of what can be gained at first lies elsewhere.
+    The first `first_lessons` are *first words*: one scene told as a list, or as a telegram. Nearly every word of these is
+    a name, a ground or a place, in reading order, so that names and places bind early; among longer captions they stay
+    unlearned for long, because most of what can be gained at first lies elsewhere.
 
-    After them there are three kinds. Most are one scene with two texts: a caption in some style (nearly always with its
-    cue) and a question about one fact. Some are documents: 2 to 5 scenes told in one style, which mostly nothing
+    After them there are three kinds. Most are one scene with a caption in some style (nearly always with its cue) or a
+    question about one fact. Some are documents: 2 to 5 scenes told in one style, which mostly nothing
     names but the first captions themselves. And some give two things invented names and ask for them again: what they
     are called can only be looked up in the examples.
     """
 
-    DOCUMENTS, NAMINGS = 0.2, 0.08  # shares
+    FIRST_STYLES = ("list", "list", "telegram")
+    DOCUMENTS, NAMINGS, QUESTIONS = 0.15, 0.05, 0.15  # shares
 
     skipped: tuple[str, ...] = ()  # nothing is ever broken here
 
@@ -46,7 +47,8 @@ class ClassroomScenes(Dataset):
         scene = lambda: scenes.make_scene(self.seed, self.split, rng.randrange(2**40))  # noqa: E731
         if index < self.first_lessons:
             told = scene()
-            return [told], [[Chunk(0, scenes.CUES["list"], told.caption("list"))]]
+            style = rng.choice(self.FIRST_STYLES)
+            return [told], [[Chunk(0, scenes.CUES[style], told.caption(style))]]
         kind = rng.random()
         if kind < self.NAMINGS:
             return naming(rng, self.split)
@@ -55,9 +57,12 @@ class ClassroomScenes(Dataset):
             style = rng.choice(scenes.STYLES)
             cue = scenes.CUES[style] if rng.random() < 0.2 else ""
             return told, [[Chunk(k, cue, each.caption(style)) for k, each in enumerate(told)]]
-        told, style = scene(), rng.choice(scenes.STYLES)
+        told = scene()
+        if kind > 1 - self.QUESTIONS:
+            return [told], [[question_chunk(told, rng)]]
+        style = rng.choice(scenes.STYLES)
         cue = scenes.CUES[style] if rng.random() < 0.9 else ""
-        return [told], [[Chunk(0, cue, told.caption(style))], [question_chunk(told, rng)]]
+        return [told], [[Chunk(0, cue, told.caption(style))]]
 
 
 def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:

@@ -8,7 +8,7 @@ from flamingo.errors import InputError
 from flamingo.options import TrainingOptions
 
 SCENES = 100_000  # of a split
-FIRST_WORDS = 0.6  # share of a classroom run that is first lessons
+FIRST_WORDS = 0.2  # share of a classroom run that is first lessons
 
 
 def uses_classroom(options: TrainingOptions) -> bool:
