@@ -69,7 +69,7 @@ def rate(side: Ours | Peer, batches: Sequence[list[Text]], dtype: str, device: t
 def best_dtype(side: Ours | Peer, batches: Sequence[list[Text]], device: torch.device) -> str:
     """float32, or bfloat16 autocast: what a side is faster in."""
     side.step(batches[0])  # the first step of all allocates, and is slow
-    rates = {dtype: max(rate(side, batches, dtype, device) for _ in range(2)) for dtype in DTYPES}
+    rates = {dtype: rate(side, batches, dtype, device) for dtype in DTYPES}
     return max(rates, key=rates.get)
 
 
@@ -109,7 +109,7 @@ def measure(args, folder: Path) -> dict:
         "train_pixels": (ours, own_batches(shared), small, 2),
         "train_pixels_single": (ours, own_batches(single), sizes, 2),
     }
-    dtypes = {side: best_dtype(side, evenly(batches(sizes[0]), 1), args.device)
+    dtypes = {side: best_dtype(side, evenly(batches(5), 1), args.device)
               for side, batches in ((peer, their_batches(shared)), (cached, own_batches(shared)))}  # fmt: skip
     dtypes[ours] = dtypes[cached]  # the same model
     if dtypes[ours] == "bfloat16":

@@ -17,13 +17,13 @@ class ClassroomScenes(Dataset):
     unlearned for long, because most of what can be gained at first lies elsewhere.
 
     After them there are three kinds. Most are one scene with a caption in some style (nearly always with its cue) or a
-    question about one fact. Some are documents: 2 to 5 scenes told in one style, which mostly nothing
+    question about one fact. Some are documents: 2 to 4 scenes told in one style, which mostly nothing
     names but the first captions themselves. And some give two things invented names and ask for them again: what they
     are called can only be looked up in the examples.
     """
 
     FIRST_STYLES = ("list", "list", "telegram")
-    DOCUMENTS, NAMINGS, QUESTIONS = 0.15, 0.05, 0.15  # shares
+    DOCUMENTS, NAMINGS, QUESTIONS = 0.15, 0.03, 0.12  # shares
 
     skipped: tuple[str, ...] = ()  # nothing is ever broken here
 
@@ -53,7 +53,7 @@ class ClassroomScenes(Dataset):
         if kind < self.NAMINGS:
             return naming(rng, self.split)
         if kind < self.NAMINGS + self.DOCUMENTS:
-            told = [scene() for _ in range(rng.randint(2, 5))]
+            told = [scene() for _ in range(rng.randint(2, 4))]
             style = rng.choice(scenes.STYLES)
             cue = scenes.CUES[style] if rng.random() < 0.2 else ""
             return told, [[Chunk(k, cue, each.caption(style)) for k, each in enumerate(told)]]
