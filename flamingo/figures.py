@@ -1,11 +1,10 @@
 """Every picture the program makes. Each function takes plain numbers and pictures and writes one PNG."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window, no display needed
+os.environ.setdefault("MPLBACKEND", "Agg")  # files only: no window, no display needed (a notebook has its own)
 import matplotlib.pyplot as plt
 from PIL import Image
 
