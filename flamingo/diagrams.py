@@ -9,6 +9,7 @@ The functions at the end draw the small pictures of the notebooks.
 """
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -213,10 +214,12 @@ def flamingo_layer(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the mask
-def mask_panel(axes: plt.Axes, words: Sequence[str], only_immediate: bool = True, pictures: Sequence = ()) -> Tensor:
+def mask_panel(
+    axes: plt.Axes, words: Sequence[str], only_immediate: bool = True, pictures: Sequence = (), size: float = 8
+) -> Tensor:
     """One text, written left to right; a filled cell where its word sees a picture. → the mask (T_txt, T_img) drawn.
 
-    words: "<image>" announces a picture. pictures: drawn at the left; numbers if there are none.
+    words: "<image>" announces a picture. pictures: drawn at the left; numbers if there are none. size: of letters.
     """
     media = torch.tensor([[word == WORDS for word in words]])  # (1, T_txt)
     count = int(media.sum())
@@ -227,12 +230,12 @@ def mask_panel(axes: plt.Axes, words: Sequence[str], only_immediate: bool = True
             color = PICTURE_COLORS[k % 3] if sees[t, k] else "#f3f4f6"
             axes.add_patch(plt.Rectangle((t + 0.04, count - 1 - k + 0.06), 0.92, 0.88, fc=color, ec="none"))
         color = PICTURE_COLORS[int(media[0, : t + 1].sum() - 1) % 3] if sight.sees_image[0, t] else SOFT
-        axes.text(t + 0.5, count + 0.16, word, ha="center", va="bottom", fontsize=11.5, color=color)
+        axes.text(t + 0.5, count + 0.16, word, ha="center", va="bottom", fontsize=size, color=color)
     for k in range(count):
         if pictures:
             axes.imshow(pictures[k], extent=(-0.7, -0.15, count - 0.98 - k, count - 0.02 - k), aspect="auto")
         else:
-            axes.text(-0.15, count - 0.5 - k, f"picture {k + 1}", ha="right", va="center", fontsize=11.5)
+            axes.text(-0.15, count - 0.5 - k, f"picture {k + 1}", ha="right", va="center", fontsize=size)
     axes.set(xlim=(-1.3, len(words)), ylim=(0, count + 0.6))
     axes.axis("off")
     return sees
@@ -262,7 +265,7 @@ def masks(path: Path) -> None:
         card.text(30, top - 18, title, 14, ha="left", weight="bold")
         size = ((len(words) + 1.3) * cell / 800, height / 470)
         axes = card.figure.add_axes((24 / 800, (top - 40 - height) / 470, *size))
-        mask_panel(axes, words, pictures=drawings)
+        mask_panel(axes, words, pictures=drawings, size=11.5)
         top -= height + 62
     card.save(path)
 
@@ -272,28 +275,32 @@ def show_pictures(pictures: Sequence, titles: Sequence[str] = (), size: float = 
     """Pictures (PIL, or arrays (H, W, C)) side by side, each with a title in small letters."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(size * columns, 1.2 * size * rows), squeeze=False, dpi=80)
+    figure, grid = plt.subplots(rows, columns, figsize=(size * columns, 1.35 * size * rows), squeeze=False, dpi=80)
     for axes in grid.flat:
         axes.axis("off")
     for axes, picture, title in itertools.zip_longest(grid.flat[: len(pictures)], pictures, titles):
         axes.imshow(picture)
-        axes.set_title(title or "", fontsize=8)
+        lines = [textwrap.fill(line, int(13 * size)) for line in (title or "").splitlines()]
+        axes.set_title("\n".join(lines), fontsize=8)
     figure.tight_layout()
 
 
 def show_maps(
     picture: Image.Image, maps: Tensor, titles: Sequence[str] = (), size: float = 1.2, columns: int = 8
 ) -> None:
-    """Maps (M, rows, columns) over the same picture: bright where a map is large. Each has its own scale."""
+    """Maps (M, rows, columns) over the same picture: lit where a map is large, dark where it is small. Each has its
+    own scale."""
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(size * columns, 1.2 * size * rows), squeeze=False, dpi=80)
     for axes in grid.flat:
         axes.axis("off")
     width, height = picture.size
-    for axes, values, title in itertools.zip_longest(grid.flat[: len(maps)], maps, titles):
-        axes.imshow(picture.convert("L"), cmap="gray")
-        axes.imshow(values, extent=(0, width, height, 0), cmap="inferno", alpha=0.65)
+    for axes, values, title in itertools.zip_longest(grid.flat[: len(maps)], maps.float(), titles):
+        axes.imshow(picture)
+        shade = torch.zeros(*values.shape, 4)  # black, and the more transparent the larger the value
+        shade[..., 3] = 0.9 * (1 - (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12))
+        axes.imshow(shade, extent=(0, width, height, 0))
         axes.set_title(title or "", fontsize=8)
     figure.tight_layout()
 
