@@ -1,10 +1,12 @@
-"""Does it look at the picture? Score a finished run on pictures it has never seen.
+"""Does it look at the picture, and does it learn from examples? Examine a finished run on pictures it has never seen.
 
-    python evaluate.py runs/classroom                     writes runs/classroom/evaluation.json, prints the table
+    python evaluate.py runs/classroom                     writes evaluation.json and report.html into the run folder
+    python evaluate.py runs/classroom --shots 0 4         few-shot prompts with no and four examples
+    python evaluate.py runs/photos --data my_pictures --split test
 
-The score is *exact match*: the caption equals the right one, case and spaces aside. It stands beside two controls that
-a model which does not look would score just as well on: `blind` (the picture is taken away) and `shuffled` (it is
-shown another scene's picture and scored on its own).
+Every score stands beside its controls (flamingo/evaluation/controls.py); few-shot prompts are explained in
+flamingo/evaluation/few_shot.py, the keys of evaluation.json in flamingo/evaluation/examine.py. A stopped evaluation
+goes on where it was when the same command is given again.
 """
 
 import argparse
@@ -18,24 +20,52 @@ def parse(argv: list[str]) -> argparse.Namespace:
     from flamingo.options import OneSentenceParser
 
     parser = OneSentenceParser(prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="run folder that train.py wrote")
-    parser.add_argument("--n", type=int, default=1000, help="pictures to score (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which scenes are drawn (default: %(default)s)")
-    parser.add_argument("--data", default=None, help="score on this captioned set instead of the run's own")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=8, help="captions to print (default: %(default)s)")
+    add = parser.add_argument
+    add("run", type=Path, help="run folder that train.py wrote")
+    add("--n", type=int, default=1000, help="pictures to score (default: %(default)s)")
+    add("--seed", type=int, default=0, help="which scenes and examples are drawn (default: %(default)s)")
+    add("--data", default=None, help="score on this captioned set instead of the run's own")
+    add("--image-column", default=None, help="its picture column, if it cannot be found")
+    add("--caption-columns", default=None, help="its caption columns, comma separated, if they cannot be found")
+    add("--split", default=None, help="which split of it (default: test, or validation if there is no test split)")
+    add("--shots", type=int, nargs="*", default=None, metavar="K",
+        help="numbers of examples in few-shot prompts; no number: leave few-shot out (default: 0 1 2 4 8 in the "
+             "classroom, 0 2 4 on captioned sets, as far as there are pictures)")  # fmt: skip
+    add("--queries", type=int, default=250, help="pictures asked about for each number of shots (default: %(default)s)")
+    add("--trials", type=int, default=2, help="draws of examples for each number of shots (default: %(default)s)")
+    add("--demos", choices=("random", "rices"), default="random",
+        help="examples at random by seed, or the most similar pictures (default: %(default)s)")  # fmt: skip
+    add("--template", default="", help='words between <image> and a caption in few-shot prompts, such as "Output:" for '
+        "models of the Flamingo papers (default: none, as train.py trains)")  # fmt: skip
+    add("--zero-shot", choices=("bare", "two-texts"), default="bare",
+        help="what 0 shots shows: nothing, or two examples without their pictures, the Flamingo papers' convention "
+             "(default: %(default)s)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
+    add("--examples", type=int, default=8, help="captions to print (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.n < 2:
         raise InputError(f"--n must be at least 2, not {args.n}: the shuffled control needs another picture")
+    for name, least in (("queries", 2), ("trials", 1), ("examples", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if (args.image_column or args.caption_columns) and not args.data:
+        raise InputError("--image-column and --caption-columns belong to --data: name the set")
+    if args.shots and min(args.shots) < 0:
+        raise InputError(f"--shots must not be negative, but one is {min(args.shots)}")
+    args.shots = args.shots if args.shots is None else sorted(set(args.shots))
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     import time
 
-    from flamingo.checkpoint import load_model, write_json
+    from flamingo.checkpoint import WEIGHTS, load_model, write_json
     from flamingo.data.sources import uses_classroom
-    from flamingo.evaluation.exact_match import Scorer, classroom_items, set_items
+    from flamingo.evaluation.answers import Answerer
+    from flamingo.evaluation.exam import captioned_exam, classroom_exam
+    from flamingo.evaluation.examine import examine, plan, print_result
+    from flamingo.evaluation.parts import Parts
+    from flamingo.evaluation.report import write_report
     from flamingo.options import TrainingOptions, read_json
     from flamingo.training import hold_matrices_in_bf16, pick_device
 
@@ -45,46 +75,37 @@ def main(args: argparse.Namespace) -> None:
     summary = read_json(args.run / "summary.json")
     options = TrainingOptions(**summary["options"])
     if args.data:
-        options.data, options.image_column, options.caption_columns = args.data, None, None
-    model, processor, _ = load_model(args.run)
-    model.to(pick_device(args.device))
+        options.data = args.data
+        options.image_column, options.caption_columns = args.image_column, args.caption_columns
+    device = pick_device(args.device)
+    model, processor, config = load_model(args.run)
+    model.to(device)
     if summary["dtype"] == "bfloat16":
         hold_matrices_in_bf16(model, trained=True)
-    scorer = Scorer(model, processor, summary["dtype"])
 
     if uses_classroom(options):
-        result = scorer.score(classroom_items("test", args.n, args.seed))
-        novel = scorer.score(classroom_items("novel", max(2, args.n // 2), args.seed), controls=False)
-        result |= {"exact_match_novel": novel["exact_match"], "novel": novel}
+        exam = classroom_exam(args.split, args.n, args.seed)
     else:
-        result = scorer.score(set_items(options, args.n)) | {"exact_match_novel": None}
-    result["seconds"] = time.time() - began
-    print_table(result)
-    for example in result["examples"][: args.examples]:
-        mark = "right" if example["right"] else "WRONG"
-        print(
-            f"  {mark}  {example['prompt']} {example['said']!r}"
-            + ("" if example["right"] else f"  true: {example['true']!r}")
-        )
+        exam = captioned_exam(options, args.split, args.n, args.seed)
+    answerer = Answerer(model, processor, summary["dtype"])
+    todo = plan(exam, answerer, args)  # mistakes are found here, before anything is run
+    weights = (args.run / WEIGHTS).stat()
+    arguments = {name: str(value) for name, value in vars(args).items() if name not in ("run", "examples", "device")}
+    arguments |= {"exam": exam.fingerprint(), "model": [weights.st_size, weights.st_mtime_ns]}
+    parts = Parts(args.run, arguments)
+
+    result = examine(todo, answerer, parts)
+    result |= {
+        "options": summary.pop("options"),
+        "cost": summary,
+        "config": config.to_diff_dict(),
+        "seconds": time.time() - began,
+    }
+    print_result(result, args.examples)
+    write_report(args.run, exam, result)
     write_json(args.run / "evaluation.json", result)
-    print(f"wrote {args.run}/evaluation.json in {result['seconds']:.0f} s")
-
-
-def print_table(result: dict) -> None:
-    """Score and controls, over all and by number of objects."""
-    groups = ["all", *result["by_objects"]]
-    print(f"exact match, n = {result['n']}")
-    print(f"{'':24}" + "".join(f"{name:>12}" for name in groups))
-    for name in ("exact_match", "exact_match_blind", "exact_match_shuffled"):
-        cells = [result[name], *(result["by_objects"][group][name] for group in result["by_objects"])]
-        print(f"{name:24}" + "".join(f"{cell:12.3f}" for cell in cells))
-    if result["exact_match_novel"] is not None:
-        novel = result["novel"]
-        cells = [
-            novel["exact_match"],
-            *(novel["by_objects"].get(g, {}).get("exact_match", 0) for g in result["by_objects"]),
-        ]
-        print(f"{'exact_match_novel':24}" + "".join(f"{cell:12.3f}" for cell in cells) + f"   (n = {novel['n']})")
+    parts.finish()
+    print(f"wrote {args.run}/evaluation.json and {args.run}/report.html in {result['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

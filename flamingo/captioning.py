@@ -1,9 +1,10 @@
 """Pictures and prompts → captions, in batches: what training shows as it goes and evaluation scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -11,63 +12,141 @@ from tqdm import tqdm
 from flamingo.modeling import Flamingo
 from flamingo.processor import Chunk, FlamingoProcessor
 
+NEW_TOKENS = 32  # longest caption, in tokens
+
 
 @torch.no_grad()
-def encode_pictures(
+def encode_and_pool(
     model: Flamingo,
     processor: FlamingoProcessor,
     pictures: Sequence[Image.Image],
     *,
     autocast: AbstractContextManager | None = None,
     batch_size: int = 64,
-) -> Tensor:
-    """N pictures → the bank of their latents (N, n, d): encoded and resampled once, however often they are used."""
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """N pictures → the bank of their latents (N, n, d), and one unit vector for each, the mean of its features (N, d).
+
+    Encoded and resampled once, however often they are used. The vectors tell which pictures are alike.
+    """
     device = next(model.perceiver.parameters()).device
-    bank = []
+    latents, pooled = [], []
+    bar = tqdm(total=len(pictures), desc=progress, disable=progress is None, leave=False)
     with autocast or nullcontext():
         for first in range(0, len(pictures), batch_size):
             pixels = processor.preprocess_images(pictures[first : first + batch_size]).to(device)
-            bank.append(model.tokenize_images(model.encode_images(pixels)).float())
-    return torch.cat(bank)
+            features = model.encode_images(pixels)  # (N, F, v, d)
+            latents.append(model.tokenize_images(features).float())
+            pooled.append(F.normalize(features.float().mean(dim=(1, 2)), dim=-1))
+            bar.update(len(pixels))
+    bar.close()
+    return torch.cat(latents), torch.cat(pooled)
+
+
+def encode_pictures(model: Flamingo, processor: FlamingoProcessor, pictures: Sequence[Image.Image], **how) -> Tensor:
+    """N pictures → the bank of their latents (N, n, d). how: see `encode_and_pool`."""
+    return encode_and_pool(model, processor, pictures, **how)[0]
+
+
+def _in_batches(
+    processor: FlamingoProcessor,
+    latents: Tensor,
+    texts: Sequence[Sequence[Chunk]],
+    batch_size: int,
+    progress: str | None,
+    answer: Callable[[Tensor, Tensor, dict], Sequence],
+) -> list:
+    """`answer(input_ids, attention_mask, pictures)` for texts that are to be continued, texts of like length together.
+
+    Each text's `Chunk.picture` are rows of the bank `latents`.
+    """
+    rows = [processor.encode_chunks(text, open_end=True)[0] for text in texts]
+    shown = [[chunk.picture for chunk in text if chunk.picture is not None] for text in texts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of one length need no padding
+    answers = [None] * len(rows)
+    bar = tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        input_ids, attention_mask = (t.to(latents.device) for t in processor.pad([rows[i] for i in chosen], "left"))
+        index = torch.full((len(chosen), max(1, *(len(shown[i]) for i in chosen), 1)), -1)
+        for b, i in enumerate(chosen):
+            index[b, : len(shown[i])] = torch.tensor(shown[i], dtype=torch.long)
+        pictures = {"latents": latents, "image_index": index.to(latents.device)}
+        for i, value in zip(chosen, answer(input_ids, attention_mask, pictures), strict=True):
+            answers[i] = value
+        bar.update(len(chosen))
+    bar.close()
+    return answers
 
 
 @torch.no_grad()
+def continue_texts(
+    model: Flamingo,
+    processor: FlamingoProcessor,
+    latents: Tensor,
+    texts: Sequence[Sequence[Chunk]],
+    *,
+    blind: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    batch_size: int = 128,
+    progress: str | None = None,
+    **generation_options,
+) -> list[str]:
+    """What the model says at the end of each text, whose last chunk has a picture and a prompt but no caption.
+
+    Args:
+        latents: (N, n, d) the bank. texts: `Chunk.picture` is a row of the bank.
+        blind: take the pictures away (a control).
+        autocast: makes the arithmetic's context. progress: title of a progress bar, none if not given.
+        generation_options: see `Flamingo.generate`.
+    """
+    options = {"max_new_tokens": NEW_TOKENS} | generation_options
+
+    def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> list[str]:
+        with autocast():
+            generated = model.generate(input_ids, attention_mask, **({"blind": True} if blind else pictures), **options)
+        return processor.decode_captions(generated, input_ids.shape[1])
+
+    return _in_batches(processor, latents, texts, batch_size, progress, answer)
+
+
+@torch.no_grad()
+def score_answers(
+    model: Flamingo,
+    processor: FlamingoProcessor,
+    latents: Tensor,
+    texts: Sequence[Sequence[Chunk]],
+    answers: Sequence[str],
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Tensor:
+    """The log-likelihood of each of K answers, with its <|endofchunk|>, at the end of each of B texts: (B, K), nats.
+
+    The end counts: without it "a fire" would always be at least as likely as "a fireplace".
+    """
+    tokenizer = processor.tokenizer
+    ids = [[*tokenizer(f" {text}", add_special_tokens=False).input_ids, processor.eoc_token_id] for text in answers]
+
+    def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> Tensor:
+        with autocast():
+            return model.score_sequences(input_ids, ids, attention_mask, **pictures).float().cpu()
+
+    return torch.stack(_in_batches(processor, latents, texts, batch_size, progress, answer))
+
+
 def caption(
     model: Flamingo,
     processor: FlamingoProcessor,
     latents: Tensor,
     prompts: Sequence[str],
     *,
-    picture_of: Sequence[int] | None = None,
-    blind: bool = False,
     autocast: AbstractContextManager | None = None,
-    batch_size: int = 128,
-    progress: str | None = None,
-    **generation_options,
+    **how,
 ) -> list[str]:
-    """One caption for each prompt.
-
-    Args:
-        latents: (N, n, d) the bank. picture_of: which picture each prompt is about; the i-th by default.
-        prompts: what follows <image>, such as a style's cue; may be empty.
-        blind: take the pictures away (a control).
-        progress: title of a progress bar, none if not given.
-        generation_options: see `Flamingo.generate`.
-    """
-    picture_of = list(range(len(prompts))) if picture_of is None else list(picture_of)
-    rows = [processor.encode_chunks([Chunk(0, prompt)], open_end=True)[0] for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # prompts of one length need no padding
-    captions = [""] * len(rows)
-    bar = tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        input_ids, attention_mask = (t.to(latents.device) for t in processor.pad([rows[i] for i in chosen], "left"))
-        index = torch.tensor([[picture_of[i]] for i in chosen], device=latents.device)
-        pictures = {"blind": True} if blind else {"latents": latents, "image_index": index}
-        with autocast or nullcontext():
-            generated = model.generate(input_ids, attention_mask, **pictures, **generation_options)
-        for i, text in zip(chosen, processor.decode_captions(generated, input_ids.shape[1]), strict=True):
-            captions[i] = text
-        bar.update(len(chosen))
-    bar.close()
-    return captions
+    """One caption for each picture of the bank (N, n, d). prompts: what follows <image>, such as a style's cue; may be
+    empty. how: see `continue_texts`."""
+    texts = [[Chunk(i, prompt)] for i, prompt in enumerate(prompts)]
+    with autocast or nullcontext():
+        return continue_texts(model, processor, latents, texts, **how)

@@ -5,7 +5,8 @@ from PIL import Image
 
 from flamingo.build import load_language_model
 from flamingo.data import scenes
-from flamingo.data.backbones import document, patch_names, to_pixels
+from flamingo.data.backbones import patch_names, to_pixels
+from flamingo.data.documents import document
 from flamingo.data.probes import probe_left_half, probe_patches
 from flamingo.options import asset
 from flamingo.vision import load_vision_encoder

@@ -49,7 +49,7 @@ def finished(tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stderr
     assert "cross-attention" in result.stdout and "frozen" in result.stdout
     assert "without" in result.stderr + result.stdout
-    result = run("evaluate.py", folder, "--n", "20", "--device", "cpu")
+    result = run("evaluate.py", folder, "--n", "20", "--device", "cpu", "--shots", "0", "1", "--trials", "1")
     assert result.returncode == 0, result.stderr
     assert "exact_match_blind" in result.stdout
     return folder

@@ -38,13 +38,14 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from flamingo.build import load_language_model
 from flamingo.data import probes, scenes
+from flamingo.data.documents import document, naming_lines
 from flamingo.data.probes import PATCH
 from flamingo.training import warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
 LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
+LOOKING_UP = 0.3  # steps of looking up, as a share of those before
 WORD_SPACE = 64  # dimensions that the word vectors begin in, fewer than there are objects (see pretrain_lm)
-WORDS = [*scenes.OBJECTS, *scenes.INVENTED]
 CLIP_CONFIG = {
     "embed_dim": LM_WIDTH,  # pictures, captions and the words of the language model in one space
     "vision_cfg": {"image_size": scenes.IMAGE_SIZE, "patch_size": PATCH, "width": 192, "layers": 4, "head_width": 32},
@@ -56,57 +57,6 @@ DENSE_SCALE = (
     16.0  # of cosines: small, so that a patch must come near the word it shows, not just nearer than to others
 )
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-# ------------------------------------------------------------------------------------------------ documents
-def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -> str:
-    """One caption as it stands in a document: a space, perhaps a cue, the caption."""
-    if style == "answer":  # a question is its own cue
-        question, answer = rng.choice(scene.questions())
-        return f" Question: {question} Answer: {answer}"
-    cue = f" {scenes.CUES[style]}" if with_cue else ""
-    return f"{cue} {scene.caption(style)}"
-
-
-def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
-    """Four kinds of document, a line for each caption.
-
-    A third tells 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. Three in ten
-    tell *one* scene in several styles and ask about it: there the next word can be known from the lines before, so
-    the model learns to be sure of a name. (A model that has only ever guessed names cannot say
-    one with confidence, whatever it is shown: its word vectors lie too close together.) A fifth gives invented names to
-    things and uses them again, and the rest repeats a row of words: nothing to learn but to look up what was said.
-    """
-    rng = random.Random(f"document {seed} {split} {index}")
-    first = rng.randrange(2**40)
-    kind = rng.random()
-    if kind < 0.15:
-        return "\n".join([" " + " ".join(rng.choices(WORDS, k=rng.randint(3, 10)))] * rng.randint(2, 3))
-    if kind < 0.35:
-        return "\n".join(_naming(rng))
-    if kind < 0.65:
-        told = [
-            scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 3))
-        ]
-        return "\n".join(line for scene in told for line in _retold(scene, rng))
-    style = rng.choice((*scenes.STYLES, "answer"))
-    with_cue = rng.random() < 0.3
-    told = [scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 16))]
-    return "\n".join(chunk(scene, style, rng, with_cue) for scene in told)
-
-
-def _retold(scene: scenes.Scene, rng: random.Random) -> list[str]:
-    """One scene in several styles, each named by its cue, and questions about it."""
-    styles = rng.sample((*scenes.STYLES, "answer", "answer"), rng.randint(3, 6))
-    return [chunk(scene, style, rng, with_cue=True) for style in styles]
-
-
-def _naming(rng: random.Random) -> list[str]:
-    """` dog dax`, ` cat wug`, …: 2 to 5 things with invented names, each told two or three times."""
-    how_many = rng.randint(2, 5)
-    things, words = rng.sample(scenes.OBJECTS, how_many), rng.sample(scenes.INVENTED, how_many)
-    lines = [f" {thing} {word}" for thing, word in zip(things, words, strict=True)]
-    return [line for _ in range(rng.randint(2, 3)) for line in rng.sample(lines, how_many)]
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -144,13 +94,14 @@ def make_optimizer(modules: list[nn.Module], lr: float) -> torch.optim.AdamW:
     )  # fmt: skip
 
 
-def packed_rows(tokenizer, seed: int, first: int, rows: int, length: int) -> tuple[Tensor, int]:
+def packed_rows(tokenizer, first: int, rows: int, length: int, looking_up: bool) -> tuple[Tensor, int]:
     """(rows, length) token ids: documents one after the other, each row beginning with a document."""
     batch = []
     while len(batch) < rows:
         row: list[int] = []
         while len(row) < length:
-            row += tokenizer(document(seed, "train", first, include_novel=True)).input_ids
+            text = document(SEED, "train", first, include_novel=True, looking_up=looking_up)
+            row += tokenizer(text).input_ids
             first += 1
         batch.append(row[:length])
     return torch.tensor(batch), first
@@ -163,6 +114,28 @@ def _spread_words(vectors: Tensor) -> None:
     what maps pictures of *some* objects to their words maps those of the others too."""
     plane = torch.linalg.qr(torch.randn(vectors.shape[1], WORD_SPACE)).Q  # (D, WORD_SPACE) orthonormal columns
     vectors.copy_(0.17 * torch.randn(len(vectors), WORD_SPACE) @ plane.T)
+
+
+def read_documents(model: OPTForCausalLM, tokenizer, steps: int, lr: float, looking_up: bool = False) -> None:
+    """Next-token prediction, `steps` batches of about 6000 tokens."""
+    optimizer = make_optimizer([model], lr)
+    device, first = model.device, 2**39 if looking_up else 0
+    bar = tqdm(range(steps), desc="OPT, looking up" if looking_up else "OPT", mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup_cosine(step, steps, 50)
+        # Every eighth batch has full-length rows, so that the far positions are trained too.
+        length, rows = (LM_POSITIONS, 12) if step % 8 == 0 else (96, 64) if looking_up else (192, 32)
+        input_ids, first = packed_rows(tokenizer, first, rows, length, looking_up)
+        input_ids = input_ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def pretrain_lm(out: Path, steps: int, device: torch.device) -> dict:
@@ -179,29 +152,15 @@ def pretrain_lm(out: Path, steps: int, device: torch.device) -> dict:
         )
     ).to(device)  # fmt: skip
     _spread_words(model.get_input_embeddings().weight)
-    optimizer = make_optimizer([model], lr=2e-3)
-    first = 0
-    bar = tqdm(range(steps), desc="OPT", mininterval=5)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * warmup_cosine(step, steps, 50)
-        # Every eighth batch has full-length rows, so that the far positions are trained too.
-        length, rows = (LM_POSITIONS, 12) if step % 8 == 0 else (192, 32)
-        input_ids, first = packed_rows(tokenizer, SEED, first, rows, length)
-        input_ids = input_ids.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=input_ids, labels=input_ids).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    read_documents(model, tokenizer, steps, lr=2e-3)
+    # Then mostly what can be looked up, at short range; the word vectors have found their places and stay.
+    model.get_input_embeddings().weight.requires_grad_(False)
+    read_documents(model, tokenizer, round(LOOKING_UP * steps), lr=1e-3, looking_up=True)
     model.eval()
     report = {"lm_parameters": sum(p.numel() for p in model.parameters()), "lm_seconds": round(time.time() - began)}
     held_out = [document(SEED, "test", i, include_novel=False) for i in range(200)]
     report["lm_test_perplexity"] = probes.perplexity(model.cpu(), tokenizer, held_out)
-    named = [_naming(random.Random(f"recall {i}")) for i in range(200)]
+    named = [naming_lines(random.Random(f"recall {i}")) for i in range(200)]
     report["lm_recall_of_a_name"] = probes.recall(model, tokenizer, named)
     model.to(torch.float16).save_pretrained(out / "opt")  # half the bytes; from_pretrained(dtype=float32) widens it
     tokenizer.save_pretrained(out / "opt")

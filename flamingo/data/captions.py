@@ -82,6 +82,7 @@ class CaptionedPictures(Dataset):
         skipped: what was left out and why, one line each.
         numbered: (row, place in the row) of every usable picture, and fingerprint: a hash of their files. Both stay
             those of the whole set when a part is split off, so that the parts share one feature cache.
+        without_caption: pictures that can be read but have no usable caption.
     """
 
     first_lessons = 0  # all examples are equal
@@ -91,6 +92,7 @@ class CaptionedPictures(Dataset):
         self.source, self.where, self.skipped, self.kept, self.lengths = source, f"{source} ({split})", [], [], []
         self.numbered: list[tuple[int, int]] = []
         self.first_number: dict[int, int] = {}  # row → number of its first picture
+        self.without_caption: list[str] = []
         self._check_all()
 
     def _pictures(self, row: dict) -> list[dict]:
@@ -126,6 +128,8 @@ class CaptionedPictures(Dataset):
                 self.numbered += [(i, k) for k in range(len(pictures))]
                 for file in files:
                     digest.update(hashlib.sha256(file).digest())
+            else:
+                self.without_caption.append(name)
         self.fingerprint = digest.hexdigest()[:16]
         if len(self.kept) < (1 - MOSTLY_BROKEN) * len(self.rows) or not self.kept:
             why = f"; the first: {self.skipped[0]}" if self.skipped else ""

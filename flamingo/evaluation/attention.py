@@ -1,0 +1,195 @@
+"""Where in the picture was the model looking when it said a word?
+
+What this file teaches: a word looks at latents, and the latents looked at patches; multiplied, the two attentions say
+which patches a word drew on. Attention is recomputed here, from what the layers were given, by hooks that are there
+only while we ask: the model's own fast attention never holds these matrices.
+
+    word → latents    mean over heads, then over layers, weighted by |tanh(attention gate)|: a closed layer says nothing
+    latents → patches in the resampler, mean over heads; over several layers as attention rollout (Abnar & Zuidema
+                      2020): each layer passes on half of what a latent held and adds half of what it looks at
+
+It is where the model looked, not proof of why it said a word. On the classroom we know where each thing stands, so
+`hit_rate` asks how often the peak is on the thing that was named, beside the rate of a peak put down at random.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from flamingo.cross_attention import MaskedCrossAttention, Sight
+from flamingo.data import scenes
+from flamingo.modeling import Flamingo
+from flamingo.processor import Chunk, FlamingoProcessor
+from flamingo.resampler import PerceiverAttention
+
+
+# ------------------------------------------------------------------------------------------ recomputed attention
+def cross_attention_weights(
+    attn: MaskedCrossAttention, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight
+) -> Tensor:
+    """Text → latents, (B, h, T_txt, T_img·n): what `MaskedCrossAttention.forward` uses and does not keep.
+
+    Rows of tokens that see no picture are 0.
+    """
+    q = rearrange(attn.to_q(attn.norm(x)), "B t (h c) -> B h t c", h=attn.heads)
+    k = rearrange(keys_values[0][sight.image_index], "B T h n c -> B h (T n) c")
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if sight.mask is not None:
+        mask = (sight.mask | ~sight.sees_image).repeat_interleave(keys_values[0].shape[2], dim=2)
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    return scores.softmax(dim=-1) * sight.sees_image[:, None]
+
+
+def resampler_weights(attn: PerceiverAttention, x: Tensor, latents: Tensor) -> Tensor:
+    """Latents → patches and latents, (N, h, n, k + n)."""
+    x, latents = attn.norm_media(x), attn.norm_latents(latents)
+    k = attn.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)[0]
+    q, k = (rearrange(t, "N t (h c) -> N h t c", h=attn.heads) for t in (attn.to_q(latents), k))
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+
+@dataclass
+class Recorded:
+    """text_to_latents: one (B, T_txt, T_img·n) a cross-attention layer. resampler: one (N, n, k + n) a layer. Means
+    over heads."""
+
+    text_to_latents: list[Tensor]
+    resampler: list[Tensor]
+
+
+@contextmanager
+def recorded_attention(model: Flamingo) -> Iterator[Recorded]:
+    """Inside, every attention of the model's new parts is worked out a second time and written down."""
+    recorded = Recorded([], [])
+
+    def look(attn: MaskedCrossAttention, inputs: tuple) -> None:
+        recorded.text_to_latents.append(cross_attention_weights(attn, *inputs).mean(dim=1))
+
+    def resample(attn: PerceiverAttention, inputs: tuple) -> None:
+        recorded.resampler.append(resampler_weights(attn, *inputs).mean(dim=1))
+
+    layers = [layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()]
+    hooks = [attn.register_forward_pre_hook(look) for attn in layers]
+    hooks += [attn.register_forward_pre_hook(resample) for attn, _ in model.perceiver.layers]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def latents_to_patches(resampler: Sequence[Tensor], patches: int) -> Tensor:
+    """One (N, n, k + n) a layer → (N, n, k): how much each latent holds of each patch, rows sum to 1."""
+    held = torch.zeros_like(resampler[0][:, :, :patches])
+    for weights in resampler:
+        looks = weights[:, :, :patches] + weights[:, :, patches:] @ held
+        held = 0.5 * held + 0.5 * looks
+    return held / held.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def text_to_patches(
+    model: Flamingo, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, autocast=nullcontext
+) -> Tensor:
+    """Texts about one picture each → (B, T_txt, k): where each token looks, from 0 to 1 over the k = F·v patches.
+
+    pixel_values: (B, 1, F, C, H, W).
+    """
+    with recorded_attention(model) as recorded, autocast():
+        features = model.encode_images(pixel_values[:, 0])  # (B, F, v, d)
+        model(input_ids, attention_mask, features=features[:, None])
+    gates = [abs(attn) for attn, _ in model.gates()]
+    looks = sum(gate * weights.float() for gate, weights in zip(gates, recorded.text_to_latents, strict=True))
+    looks = looks / max(sum(gates), 1e-12)  # (B, T_txt, n)
+    return looks @ latents_to_patches([w.float() for w in recorded.resampler], features.shape[1] * features.shape[2])
+
+
+# ------------------------------------------------------------------------------------------------ words and places
+@dataclass
+class WordLook:
+    """A word of a caption and where the model looked when it said it: grid (rows, columns), sum about 1."""
+
+    picture: int
+    word: str
+    grid: Tensor
+
+
+def _word_tokens(processor: FlamingoProcessor, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words that tokens spell, each with the places of its tokens."""
+    spelt, owner = "", []
+    for place, token in enumerate(ids):
+        piece = processor.tokenizer.decode([token])
+        spelt += piece
+        owner += [place] * len(piece)
+    return [
+        (match.group().lower(), sorted(set(owner[match.start() : match.end()])))
+        for match in re.finditer(r"[^\W_]+", spelt)
+    ]
+
+
+def word_looks(
+    model: Flamingo,
+    processor: FlamingoProcessor,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    *,
+    autocast=nullcontext,
+    batch_size: int = 32,
+) -> list[WordLook]:
+    """For each word of each caption, said about the picture of the same number: the mean over its tokens of where the
+    model looked when it chose them (that is at the place before each). Empty if the patches form no square."""
+    device = next(model.perceiver.parameters()).device
+    looks = []
+    for first in range(0, len(pictures), batch_size):
+        numbers = range(first, min(first + batch_size, len(pictures)))
+        pixels = processor.preprocess_images([pictures[i] for i in numbers]).to(device)[:, None]
+        given = [processor.encode_chunks([Chunk(0, prompts[i], captions[i])])[0] for i in numbers]
+        told = [len(processor.encode_chunks([Chunk(0, prompts[i])], open_end=True)[0]) for i in numbers]
+        input_ids, attention_mask = (t.to(device) for t in processor.pad(given))
+        maps = text_to_patches(model, input_ids, attention_mask, pixels, autocast).cpu()  # (B, T_txt, k)
+        if getattr(model.vision_encoder, "class_token", False):
+            maps = maps[:, :, 1:]
+        side = math.isqrt(maps.shape[2])
+        if side * side != maps.shape[2]:
+            return []
+        for b, i in enumerate(numbers):
+            for word, places in _word_tokens(processor, given[b][told[b] : -1]):  # the last is <|endofchunk|>
+                at = [told[b] + place - 1 for place in places]
+                looks.append(WordLook(i, word, maps[b, at].mean(dim=0).view(side, side)))
+    return looks
+
+
+def hit_rate(looks: Sequence[WordLook], drawn: Sequence[scenes.Scene]) -> dict:
+    """How often a name was said while looking at the thing: {attention_hit_rate, chance, n}; None if n is 0.
+
+    A hit: the middle of the patch with the most attention lies in the box of a thing of that name (one of its boxes, if
+    there are several). chance: the mean share of patches whose middle lies there. Names said of things that are not in
+    the picture do not count.
+    """
+    hits, chances = [], []
+    for look in looks:
+        boxes = [p.box for p in drawn[look.picture].objects if look.word in (p.name, scenes.plural(p.name))]
+        if not boxes:
+            continue
+        rows, columns = look.grid.shape
+        middles = [((column + 0.5) / columns, (row + 0.5) / rows) for row in range(rows) for column in range(columns)]
+        inside = torch.tensor([any(_inside(box, x, y) for box in boxes) for x, y in middles])  # (k,)
+        hits.append(bool(inside[look.grid.argmax()]))
+        chances.append(inside.float().mean().item())
+    if not hits:
+        return {"attention_hit_rate": None, "chance": None, "n": 0}
+    return {"attention_hit_rate": sum(hits) / len(hits), "chance": sum(chances) / len(chances), "n": len(hits)}
+
+
+def _inside(box: tuple[int, int, int, int], x: float, y: float) -> bool:
+    """Is the point, in shares of the picture's width and height, in the box?"""
+    left, top, right, bottom = (side / scenes.IMAGE_SIZE for side in box)
+    return left <= x < right and top <= y < bottom

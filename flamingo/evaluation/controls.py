@@ -1,0 +1,142 @@
+"""A score beside what would score without looking.
+
+What this file teaches: a score alone does not say that a model looks at its picture. Beside it stand four answers to
+the same questions that need no eyes, or the wrong ones:
+
+    blind       the model itself, the picture taken away
+    shuffled    the model itself, shown the next item's picture
+    constant    the same caption for every picture: the one of the support pictures that is most like all others
+    copy_demo   the caption of another picture, drawn from the support: what a model that copies its example says
+
+Only what lies above all four was read off the picture. Whether a difference is more than chance is asked picture by
+picture: score minus control, resampled (a paired bootstrap).
+"""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from flamingo.evaluation.answers import Answerer
+from flamingo.evaluation.exam import Exam, Item
+from flamingo.evaluation.metrics import bootstrap_interval, caption_metrics, cider_d, exact_match, normalise
+from flamingo.evaluation.parts import Parts
+from flamingo.evaluation.ptb import ptb_tokens
+from flamingo.processor import Chunk
+
+CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
+SAID = {"blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
+        "copy_demo": "a copied example"}  # fmt: skip
+COMPARED = 128  # captions among which the constant one is looked for: each is compared with all
+
+
+def answer_all(
+    answerer: Answerer, parts: Parts, exam: Exam, rows: list[int], novel_rows: list[int], seed: int
+) -> dict[str, list[str]]:
+    """{"own", "novel", and each control: the captions said}. rows: the items' pictures in the bank."""
+    items = exam.items
+    others = rows[1:] + rows[:1]
+
+    def say(pictures: Sequence[int], asked: Sequence[Item], title: str, **control) -> list[str]:
+        texts = [[Chunk(row, item.prompt)] for row, item in zip(pictures, asked, strict=True)]
+        return parts.keep(title, lambda: answerer.say(texts, title, **control))
+
+    return {
+        "own": say(rows, items, "captioning"),
+        "novel": say(novel_rows, exam.novel, "captioning novel") if exam.novel else [],
+        "blind": say(rows, items, "blind", blind=True),
+        "shuffled": say(others, items, "shuffled"),
+        "constant": constant_captions(exam),
+        "copy_demo": copied_captions(exam, seed),
+    }
+
+
+def constant_captions(exam: Exam) -> list[str]:
+    """For each item the support caption that shares most words with others: one for all (one a style, if told)."""
+    chosen: dict[str, str] = {}
+    for style in {item.style for item in exam.items}:
+        captions = list(dict.fromkeys(item.told_as(style) for item in exam.support))[:COMPARED]
+        words = [set(ptb_tokens(caption)) for caption in captions]
+        alike = [sum(len(own & other) / max(1, len(own | other)) for other in words) for own in words]
+        chosen[style] = captions[int(np.argmax(alike))]
+    return [chosen[item.style] for item in exam.items]
+
+
+def copied_captions(exam: Exam, seed: int) -> list[str]:
+    """For each item the caption of a support picture drawn at random; never one that is the item's own."""
+    said = []
+    for i, item in enumerate(exam.items):
+        rng = random.Random(f"copy {seed} {i}")
+        captions = [demo.told_as(item.style) for demo in rng.sample(exam.support, len(exam.support))]
+        right = set(map(normalise, item.truths))
+        said.append(next((caption for caption in captions if normalise(caption) not in right), captions[0]))
+    return said
+
+
+def score_with_controls(exam: Exam, said: dict[str, list[str]], seed: int) -> dict:
+    """Keys `metrics`, `controls`, `looks`, `verdict`, `by_objects`, `novel` and the flat ones of `evaluation.json`."""
+    truths = [item.truths for item in exam.items]
+    names = {"own": "exact_match", "blind": "exact_match_blind", "shuffled": "exact_match_shuffled"}
+    marks = {flat: exact_match(said[name], truths) for name, flat in names.items()}  # (N,) each
+    groups = sorted({item.group for item in exam.items})
+    members = {group: [i for i, item in enumerate(exam.items) if item.group == group] for group in groups}
+    result = {
+        "n": len(exam.items),
+        **{name: float(values.mean()) for name, values in marks.items()},
+        "exact_match_novel": None,
+        "by_objects": {
+            group: {"n": len(which)} | {name: float(values[which].mean()) for name, values in marks.items()}
+            for group, which in members.items()
+        },
+        "metrics": scores(said["own"], truths, seed),
+        "controls": {name: scores(said[name], truths, seed) for name in CONTROLS},
+    }
+    result |= verdict(exam, said, seed)
+    if exam.novel:
+        right = exact_match(said["novel"], [item.truths for item in exam.novel])
+        novel_groups = sorted({item.group for item in exam.novel})
+        by_group = {g: [i for i, item in enumerate(exam.novel) if item.group == g] for g in novel_groups}
+        result["exact_match_novel"] = float(right.mean())
+        result["novel"] = {
+            "n": len(right),
+            "exact_match": float(right.mean()),
+            "by_objects": {g: {"n": len(w), "exact_match": float(right[w].mean())} for g, w in by_group.items()},
+            "metrics": scores(said["novel"], [item.truths for item in exam.novel], seed),
+        }
+    return result
+
+
+def scores(captions: Sequence[str], truths: Sequence[Sequence[str]], seed: int) -> dict[str, dict]:
+    """Every caption metric by name, as `Score.to_dict` writes it."""
+    return {name: score.to_dict() for name, score in caption_metrics(captions, truths, seed=seed).items()}
+
+
+def verdict(exam: Exam, said: dict[str, list[str]], seed: int) -> dict:
+    """{"looks": bool, "verdict": a sentence, "gain": control → {value, low, high} of score minus control}.
+
+    By exact match in the classroom, where there is one right caption, else (or if it is never right) by CIDEr-D.
+    """
+    truths = [item.truths for item in exam.items]
+    per_picture = {name: exact_match(said[name], truths) for name in ("own", *CONTROLS)}
+    metric = "exact match"
+    if not (exam.classroom and per_picture["own"].any()):
+        metric, references = "CIDEr-D", [[ptb_tokens(text) for text in texts] for texts in truths]
+        per_picture = {name: cider_d([ptb_tokens(text) for text in said[name]], references) for name in per_picture}
+    own, gain = per_picture["own"], {}
+    for name in CONTROLS:
+        difference = own - per_picture[name]
+        low, high = bootstrap_interval(difference, seed=seed)
+        gain[name] = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
+    above = [name for name in CONTROLS if gain[name]["low"] > 0]
+    looks = "blind" in above and "shuffled" in above
+    figures = ", ".join(f"{per_picture[name].mean():.3f} with {SAID[name]}" for name in CONTROLS)
+    score = f"{metric} {own.mean():.3f} with its own picture, {figures} (n = {len(own)})"
+    if looks and len(above) == len(CONTROLS):
+        sentence = f"It looks: {score}."
+    elif looks:
+        behind = " and ".join(SAID[name] for name in CONTROLS if name not in above)
+        sentence = f"It looks, but does not say more than {behind} would: {score}."
+    else:
+        same = " or ".join(SAID[name] for name in ("blind", "shuffled") if name not in above)
+        sentence = f"Nothing shows that it looks: it scores no better than with {same}: {score}."
+    return {"looks": looks, "verdict": sentence, "gain": gain, "headline_metric": metric}

@@ -1,0 +1,134 @@
+"""What a model is examined on: pictures with their right captions, and a pool of pictures to give as examples.
+
+What this file teaches: an exam has three parts that must not mix. The *items* are scored; *novel* items (classroom
+only) show things that training never showed; *support* pictures come from the training split and are only ever shown
+as solved examples.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from flamingo.data import scenes
+from flamingo.data.sources import captioned_splits
+from flamingo.errors import InputError
+from flamingo.options import TrainingOptions
+
+SUPPORT = 512  # pictures to draw examples from, at most; OpenFlamingo draws from 2048
+FEW_SUPPORT = 64  # a small exam of n items has n of them, but at least so many
+
+
+def support_size(n: int) -> int:
+    """How many pictures to draw examples from, in an exam of n items."""
+    return min(SUPPORT, max(FEW_SUPPORT, n))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture, what the model is told, the captions that are right, and its group in the table.
+
+    scene: what is drawn, for a classroom picture. style: how its caption is told.
+    """
+
+    picture: Image.Image
+    prompt: str
+    truths: Sequence[str]
+    group: str
+    scene: scenes.Scene | None = None
+    style: str = ""
+
+    def told_as(self, style: str) -> str:
+        """A right caption: in a style if we know what is drawn, else the first that people wrote."""
+        return self.scene.caption(style) if self.scene else self.truths[0]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Items to score, novel items (none for a captioned set), and support pictures. source: for the report."""
+
+    source: str
+    split: str
+    items: list[Item]
+    novel: list[Item]
+    support: list[Item]
+    classroom: bool = False
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when a caption or a prompt of the exam does."""
+        words = [(item.prompt, *item.truths) for item in (*self.items, *self.novel, *self.support)]
+        return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------- classroom
+def classroom_items(split: str, n: int, seed: int) -> list[Item]:
+    """n scenes of a split; the style goes round and is named by its cue. Grouped by number of objects.
+
+    (The seed is kept apart from those of training, whose scenes come from other splits in any case.)
+    """
+    items = []
+    for i in range(n):
+        scene = scenes.make_scene(seed, split, i)
+        style = scenes.STYLES[i % len(scenes.STYLES)]
+        count = str(len(scene.objects))
+        items.append(Item(scene.draw(), scenes.CUES[style], [scene.caption(style)], count, scene, style))
+    return items
+
+
+def single_objects(split: str, seed: int, look_at: int) -> dict[str, list[scenes.Scene]]:
+    """Scenes of one object by its name, among the first `look_at` of a split."""
+    found: dict[str, list[scenes.Scene]] = {}
+    for i in range(look_at):
+        scene = scenes.make_scene(seed, split, i)
+        if scene.layout == "one":
+            found.setdefault(scene.names[0], []).append(scene)
+    return found
+
+
+def classroom_exam(split: str | None, n: int, seed: int) -> Exam:
+    """Raises InputError for a split the classroom has not got."""
+    split = split or "test"
+    if split not in scenes.SPLITS:
+        raise InputError(f"the classroom has no split {split!r}: choose one of {', '.join(scenes.SPLITS)}")
+    items = classroom_items(split, n, seed)
+    novel = classroom_items("novel", max(2, n // 2), seed)
+    # Numbers that no item has, should somebody score the training split.
+    support = [scenes.make_scene(seed, "train", 2**42 + i) for i in range(support_size(n))]
+    shown = [Item(scene.draw(), "", [scene.caption(scenes.STYLES[0])], "", scene) for scene in support]
+    return Exam("the classroom", split, items, novel, shown, classroom=True)
+
+
+# ------------------------------------------------------------------------------------------------- captioned set
+def _captions(example) -> list[str]:
+    return [chunk.caption for text in example.texts for chunk in text if chunk.picture == 0 and chunk.caption]
+
+
+def captioned_exam(options: TrainingOptions, split: str | None, n: int, seed: int) -> Exam:
+    """At most n pictures of a split of the set `options.data`: test, else validation, if none is named.
+
+    Raises InputError for a split that does not exist, fewer than 2 pictures, or a picture nobody captioned.
+    """
+    splits = captioned_splits(options)
+    chosen = split or ("test" if "test" in splits else "validation")
+    if chosen not in splits:
+        raise InputError(f"{options.data} has no split {chosen!r}: it has {', '.join(splits)}")
+    examples = splits[chosen]
+    if examples.without_caption:
+        raise InputError(
+            f"{len(examples.without_caption)} picture(s) of {examples.where} have no reference caption (the first: "
+            f"{examples.without_caption[0]}): caption them or take them out, a score needs something to compare with"
+        )
+    if len(examples) < 2:
+        raise InputError(
+            f"{options.data} has {len(examples)} {chosen} picture: the shuffled control needs at least 2, CIDEr-D too"
+        )
+    items = []
+    for i in range(min(n, len(examples))):
+        example = examples[i]
+        items.append(Item(example.pictures[0], "", _captions(example), str(len(example.pictures))))
+    train = splits["train"]
+    drawn = random.Random(f"support {seed}").sample(range(len(train)), min(support_size(n), len(train)))
+    support = [Item(train[i].pictures[0], "", _captions(train[i]), "") for i in drawn]
+    return Exam(str(options.data), chosen, items, [], [item for item in support if item.truths])

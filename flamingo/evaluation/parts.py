@@ -1,0 +1,51 @@
+"""An evaluation that was killed goes on where it stopped.
+
+What this file teaches: the work is a list of named parts. Each finished part is kept in one small file of the run
+folder, and a later call with the same arguments finds it there. The file goes when everything is done.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flamingo.checkpoint import write_json
+
+FILE = ".evaluation.partial.json"
+
+
+class Parts:
+    """Finished parts of an evaluation, by name.
+
+    Args:
+        folder: the run folder.
+        arguments: everything the result depends on; if it is not what the kept parts were made with, they are dropped.
+    """
+
+    def __init__(self, folder: Path, arguments: dict):
+        self.path, self.arguments, self.done = folder / FILE, json.loads(json.dumps(arguments)), {}
+        if not self.path.exists():
+            return
+        try:
+            kept = json.loads(self.path.read_text())
+            same, done = kept["arguments"] == self.arguments, kept["parts"]
+        except (OSError, ValueError, KeyError, TypeError):
+            print("the unfinished evaluation in this folder cannot be read: starting anew", file=sys.stderr)
+            return
+        if same:
+            self.done = done
+            print(f"going on with an unfinished evaluation: {len(done)} parts are done", file=sys.stderr)
+        else:
+            print("an unfinished evaluation had other arguments or another model: starting anew", file=sys.stderr)
+
+    def keep(self, name: str, work: Callable[[], object]):
+        """The result of a part (anything JSON can hold): kept from before, or worked out now and kept."""
+        if name not in self.done:
+            # Through JSON and back, so that a part is the same whether it was kept or has just been worked out.
+            self.done[name] = json.loads(json.dumps(work()))
+            write_json(self.path, {"arguments": self.arguments, "parts": self.done})
+        return self.done[name]
+
+    def finish(self) -> None:
+        """Everything is written: forget the parts."""
+        self.path.unlink(missing_ok=True)
