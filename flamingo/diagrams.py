@@ -275,7 +275,8 @@ def show_pictures(pictures: Sequence, titles: Sequence[str] = (), size: float = 
     """Pictures (PIL, or arrays (H, W, C)) side by side, each with a title in small letters."""
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(size * columns, 1.35 * size * rows), squeeze=False, dpi=80)
+    height = size * (1.35 if titles else 1)  # of a row
+    figure, grid = plt.subplots(rows, columns, figsize=(size * columns, height * rows), squeeze=False, dpi=80)
     for axes in grid.flat:
         axes.axis("off")
     for axes, picture, title in itertools.zip_longest(grid.flat[: len(pictures)], pictures, titles):

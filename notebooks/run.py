@@ -1,11 +1,12 @@
 """Run the notebooks, each in a fresh kernel, and see that they still show what they showed.
 
-    python notebooks/run.py                  all; fails when a cell raises or a printed shape is not the committed one
-    python notebooks/run.py 02 05            only those whose name begins so
-    python notebooks/run.py --write          save the new outputs
+    python notebooks/run.py            all; fails when a cell raises or a printed shape has changed
+    python notebooks/run.py 02 05      only those whose name begins so
+    python notebooks/run.py --write    save the new outputs
 
-A printed shape is a list of whole numbers in round brackets, such as (2, 16, 192), or torch.Size([2, 16, 192]).
-Losses, captions and figures may differ from machine to machine; shapes may not.
+A printed shape is a list of whole numbers in round brackets, such as (2, 16, 192), or
+torch.Size([2, 16, 192]). Losses, captions and figures may differ from machine to machine; shapes
+may not.
 """
 
 import argparse
@@ -72,8 +73,10 @@ def run(path: Path, write: bool) -> str | None:
     """Execute one notebook → what is wrong with it, None if nothing is."""
     notebook = nbformat.read(path, as_version=4)
     before = shapes(notebook)
-    where = {"metadata": {"path": HERE}}
-    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", coalesce_streams=True, resources=where)
+    client = NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": HERE}},
+    )  # fmt: skip
     try:
         client.execute()
     except CellExecutionError as error:
@@ -84,20 +87,38 @@ def run(path: Path, write: bool) -> str | None:
         nbformat.write(notebook, path)
         return None
     if before != after:
-        differing = [f"  cell {number}: {seen}" for number, seen in after if (number, seen) not in before]
-        missing = [f"  cell {number}: {seen} (committed)" for number, seen in before if (number, seen) not in after]
+        differing = [
+            f"  cell {number}: {seen}" for number, seen in after if (number, seen) not in before
+        ]
+        missing = [
+            f"  cell {number}: {seen} (committed)"
+            for number, seen in before
+            if (number, seen) not in after
+        ]
         return "\n".join(["other shapes than the committed ones:", *differing, *missing])
     return None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="beginnings of names, such as 03; all notebooks if none is given")
-    parser.add_argument("--write", action="store_true", help="save the new outputs instead of comparing them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help="beginnings of names, such as 03; all notebooks if none is given",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="save the new outputs instead of comparing them"
+    )
     args = parser.parse_args()
     if sys.platform == "win32":  # the default loop there cannot talk to a kernel
         asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
-    chosen = [path for path in sorted(HERE.glob("*.ipynb")) if path.name.startswith(tuple(args.names) or ("",))]
+    chosen = [
+        path
+        for path in sorted(HERE.glob("*.ipynb"))
+        if path.name.startswith(tuple(args.names) or ("",))
+    ]
     if not chosen:
         sys.exit(f"no notebook begins with {' or '.join(args.names)}")
     failed = 0
