@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 HERE = Path(__file__).resolve().parent
 SHAPE = re.compile(r"\(\d+(?:, \d+)*,?\)|torch\.Size\(\[[\d, ]*\]\)")
@@ -79,7 +79,7 @@ def run(path: Path, write: bool) -> str | None:
     )  # fmt: skip
     try:
         client.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         return f"a cell failed:\n{error}"
     after = shapes(notebook)
     if write:
