@@ -101,11 +101,12 @@ def read_config(folder: Path) -> FlamingoConfig:
     return FlamingoConfig.from_dict(settings)
 
 
-def load_model(folder: Path) -> tuple[Flamingo, FlamingoProcessor, FlamingoConfig]:
+def load_model(folder: str | Path) -> tuple[Flamingo, FlamingoProcessor, FlamingoConfig]:
     """Rebuild the model of a run folder: backbones by name, trained tensors from the file.
 
     Raises InputError when the folder is no run, a file is damaged, or a backbone is not the one it was trained with.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
     config = read_config(folder)

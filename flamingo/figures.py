@@ -1,24 +1,29 @@
-"""Every picture the program makes. Each function takes plain numbers and pictures and writes one PNG."""
+"""Every picture the program makes. Each function takes plain numbers and pictures and writes one PNG, to a path or into
+an open binary file (io.BytesIO)."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window, no display needed
+os.environ.setdefault("MPLBACKEND", "Agg")  # files only: no window, no display needed (a notebook has its own)
 import matplotlib.pyplot as plt
 from PIL import Image
 
 COLORS = {"train": "#8a8f98", "with": "#1b7f79", "without": "#d1495b"}
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: plt.Figure, path: Path | BinaryIO) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white", format="png")
     plt.close(figure)
 
 
 def training_figure(
-    path: Path, steps: Sequence[int], losses: Sequence[float], validations: Sequence[dict], gates: Sequence[dict]
+    path: Path | BinaryIO,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    validations: Sequence[dict],
+    gates: Sequence[dict],
 ) -> None:
     """The course of a run: losses with and without the picture, and how far each gate has opened.
 
@@ -54,7 +59,11 @@ def training_figure(
 
 
 def samples_figure(
-    path: Path, pictures: Sequence[Image.Image], given: Sequence[str], truths: Sequence[str], prompts: Sequence[str]
+    path: Path | BinaryIO,
+    pictures: Sequence[Image.Image],
+    given: Sequence[str],
+    truths: Sequence[str],
+    prompts: Sequence[str],
 ) -> None:
     """Pictures with what the model says and what is true; green where both agree."""
     columns = min(4, len(pictures))
