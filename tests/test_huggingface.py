@@ -64,7 +64,8 @@ def test_auto_classes_and_the_pipeline_find_it(folder, model):
 
 def test_loading_says_what_it_found(folder, capsys):
     FlamingoModel.from_pretrained(folder)
-    assert "60 trained tensors loaded, beside asset:classroom/opt" in capsys.readouterr().err
+    count = len(load_file(folder / "model.safetensors"))
+    assert f"{count} trained tensors loaded, beside asset:classroom/opt" in capsys.readouterr().err
 
 
 def test_a_config_alone_works_and_unknown_fields_are_named(folder, tmp_path):

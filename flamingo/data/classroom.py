@@ -34,8 +34,9 @@ class ClassroomScenes(Dataset):
         return self.size
 
     def length(self, index: int) -> int:
-        """Words of the longest text."""
-        return max(sum(len(f"{c.prompt} {c.caption}".split()) for c in text) for text in self._plan(index)[1])
+        """Words of the longest text, in steps of 32: documents keep to themselves, but all styles and layouts share a
+        batch. (Batches of one layout each, as exact lengths would make them, pull the weights to and fro.)"""
+        return max(sum(len(f"{c.prompt} {c.caption}".split()) for c in text) for text in self._plan(index)[1]) // 32
 
     def __getitem__(self, index: int) -> Example:
         told, texts = self._plan(index)
