@@ -83,9 +83,9 @@ PRESETS = {
             "xattn_heads": 6, "xattn_dim_head": 32, "xattn_ff_mult": 2, "resampler_depth": 2, "resampler_heads": 6,
             "resampler_dim_head": 32, "resampler_num_latents": 16, "resampler_ff_mult": 2,
             "resampler_num_time_embeds": 0, "xattn_init_gain": 5.0, "resampler_init_gain": 10.0,
-            "resampler_query_gain": 3.0, "resampler_latents_std": 0.5, "vision_class_token": True,
+            "resampler_query_gain": 3.0, "resampler_latents_std": 0.5,
         },
-        "training": {"steps": 545, "batch_size": 64, "lr": 2.5e-3, "eval_every": 182, "eval_batches": 2},
+        "training": {"steps": 540, "batch_size": 64, "lr": 3e-3, "eval_every": 180, "eval_batches": 2},
     },
     "opt-125m": {
         "model": {"lm": "facebook/opt-125m", "clip_model_type": "ViT-L-14-quickgelu:openai"},

@@ -132,7 +132,7 @@ def is_naming(text) -> bool:
 
 
 def test_an_invented_name_is_told_once_and_then_asked_for():
-    texts = [text for i in range(500) for text in ClassroomScenes("train")[i].texts if is_naming(text)]
+    texts = [text for i in range(1000) for text in ClassroomScenes("train")[i].texts if is_naming(text)]
     assert len(texts) > 10
     for chunks in texts:
         told, asked = {c.prompt for c in chunks[:2]}, {c.caption for c in chunks[2:]}

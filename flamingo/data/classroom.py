@@ -12,9 +12,9 @@ from flamingo.processor import Chunk
 class ClassroomScenes(Dataset):
     """`size` examples, each a pure function of (seed, split, index).
 
-    The first `first_lessons` are *first words*: one scene told as a list, or as a telegram. Nearly every word of these is
-    a name, a ground or a place, in reading order, so that names and places bind early; among longer captions they stay
-    unlearned for long, because most of what can be gained at first lies elsewhere.
+    The first `first_lessons` are *first words*: one scene told as a list, or as a telegram. Nearly every word of these
+    is a name, a ground or a place, in reading order, so that names and places bind early; among longer captions they
+    stay unlearned for long, because most of what can be gained at first lies elsewhere.
 
     After them there are three kinds. Most are one scene with a caption in some style (nearly always with its cue) or a
     question about one fact. Some are documents: 2 to 4 scenes told in one style, which mostly nothing
@@ -22,6 +22,7 @@ class ClassroomScenes(Dataset):
     are called can only be looked up in the examples.
     """
 
+    LAYOUTS = (1, 3, 2, 2, 2)  # weights: whether two things are the same is learned last, one thing alone first
     FIRST_STYLES = ("list", "list", "telegram")
     DOCUMENTS, NAMINGS, QUESTIONS = 0.15, 0.03, 0.12  # shares
 
@@ -45,7 +46,11 @@ class ClassroomScenes(Dataset):
     def _plan(self, index: int) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
         """The scenes of an example and the texts about them."""
         rng = random.Random(f"example {self.seed} {self.split} {index}")
-        scene = lambda: scenes.make_scene(self.seed, self.split, rng.randrange(2**40))  # noqa: E731
+        layouts = iter(rng.choices(scenes.LAYOUTS, self.LAYOUTS, k=4))
+
+        def scene() -> scenes.Scene:
+            return scenes.make_scene(self.seed, self.split, rng.randrange(2**40), layout=next(layouts))
+
         if index < self.first_lessons:
             told = scene()
             style = rng.choice(self.FIRST_STYLES)

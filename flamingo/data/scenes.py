@@ -69,6 +69,7 @@ CUES = {
 }  # fmt: skip
 # Words that mean nothing until an example says what they name: for learning a name from one showing (`naming`).
 INVENTED = ("blick", "dax", "wug", "fep", "toma", "zib", "kivo", "lorp", "gazzer", "pimwit", "tulver", "modi")
+LAYOUTS = ("one", "count", "row", "column", "three")
 SPLITS = ("train", "validation", "test", "novel")
 _COUNTS = {1: "one", 2: "two", 3: "three"}
 
@@ -254,9 +255,12 @@ def _cells(rng: random.Random, layout: str, how_many: int) -> list[tuple[int, in
     return [(step, line) if layout == "column" else (line, step) for step in steps]
 
 
-def make_scene(seed: int, split: str, index: int, *, include_novel: bool = False, crowd: bool = False) -> Scene:
+def make_scene(
+    seed: int, split: str, index: int, *, layout: str | None = None, include_novel: bool = False, crowd: bool = False
+) -> Scene:
     """Scene number `index` of a split.
 
+    layout: one of LAYOUTS; drawn if not given, all alike.
     include_novel: draw from all objects instead of the seen ones; the backbones are pretrained so.
     crowd: fill all nine cells; such scenes have no caption and teach the vision encoder what stands where.
     Raises ValueError for an unknown split.
@@ -267,7 +271,11 @@ def make_scene(seed: int, split: str, index: int, *, include_novel: bool = False
     rng = random.Random(f"{seed} {split} {index}{' all' if include_novel else ''}{' crowd' if crowd else ''}")
     pool = tuple(OBJECTS) if include_novel else objects_of(split)
 
-    layout = "crowd" if crowd else rng.choice(("one", "count", "row", "column", "three"))
+    if crowd:
+        layout = "crowd"
+    else:
+        drawn = rng.choice(LAYOUTS)  # drawn in any case, so that all else is the same with a layout and without
+        layout = layout or drawn
     how_many = {"one": 1, "count": rng.choice((2, 3)), "row": 2, "column": 2, "three": 3, "crowd": 9}[layout]
     different = 1 if layout in ("one", "count") else how_many
     names = _choose_names(rng, split, pool, different) * (how_many // different)
