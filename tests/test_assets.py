@@ -24,7 +24,7 @@ class AsClip:
 def test_they_are_small_and_hold_no_pickle():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
 
 
 def test_the_encoder_prepares_a_scene_as_it_was_trained():
