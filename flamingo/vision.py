@@ -77,7 +77,9 @@ class VisionEncoder(nn.Module):
 class OpenClipEncoder(VisionEncoder):
     """An open_clip tower, built-in or timm."""
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm=True, class_token=False):
+    def __init__(
+        self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool = True, class_token: bool = False
+    ):
         super().__init__(tower, name, preprocess, norm, class_token)
         trunk = getattr(tower, "trunk", tower)  # timm's tower inside open_clip's
         if class_token and getattr(trunk, "cls_token", getattr(trunk, "class_embedding", None)) is None:
@@ -104,7 +106,9 @@ class OpenClipEncoder(VisionEncoder):
 class HuggingFaceClipEncoder(VisionEncoder):
     """The vision half of a Hugging Face CLIP."""
 
-    def __init__(self, tower: nn.Module, name: str, preprocess: Preprocess, norm=True, class_token=False):
+    def __init__(
+        self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool = True, class_token: bool = False
+    ):
         super().__init__(tower, name, preprocess, norm, class_token)
         self.image_size = (tower.config.image_size, tower.config.image_size)
         self.dim = tower.config.hidden_size
@@ -182,7 +186,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_vision_encoder(name: str, *, norm: bool, class_token: bool) -> VisionEncoder:
+def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = False) -> VisionEncoder:
     """Load a frozen encoder by name (see the top of this file).
 
     norm: features after the tower's final norm; False reproduces what open_flamingo and flamingo-mini were trained
