@@ -20,6 +20,7 @@ from benchmarks.peer import Peer
 from benchmarks.shapes import Shape, Text, make_text
 from benchmarks.timing import alternate, seconds
 from flamingo.data.feature_cache import FeatureCache
+from flamingo.figures import plt
 from flamingo.resampler import PerceiverResampler
 
 SWEEPS = {
@@ -88,11 +89,6 @@ def measure(args, folder: Path) -> dict:
 
 
 def draw(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, grid = plt.subplots(1, len(SWEEPS), figsize=(4 * len(SWEEPS), 3.4), layout="constrained")
     for axes, (sweep, line) in zip(grid, result["seconds"].items(), strict=True):
         for name, label in (("ours", "ours"), ("peer", "OpenFlamingo")):

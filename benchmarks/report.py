@@ -13,6 +13,7 @@ from benchmarks.peer import Peer, build_peer
 from benchmarks.shapes import FULL, QUICK, Shape, Text, language_model, make_pictures, vision_tower
 from flamingo.checkpoint import write_atomically, write_json
 from flamingo.errors import InputError, run_command
+from flamingo.figures import plt
 from flamingo.options import OneSentenceParser
 from flamingo.training import keep_freed_memory, pick_device
 
@@ -102,11 +103,6 @@ def finish(args: argparse.Namespace, result: dict, draw: Callable[[dict, Path], 
 
 def draw_bars(path: Path, rows: Sequence[tuple[str, float, float]], unit: str, title: str) -> None:
     """A pair of bars for each (name, ours, peer's), with how many times they differ. White ground on any page."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.75 * len(rows)))
     for y, (_, own, theirs) in enumerate(rows):
         for value, offset, name in ((own, -0.2, "ours"), (theirs, 0.2, "OpenFlamingo")):

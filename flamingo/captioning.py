@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flamingo.modeling import Flamingo
-from flamingo.processor import Chunk, FlamingoProcessor
+from flamingo.processor import Chunk, FlamingoProcessor, pad_image_index
 
 NEW_TOKENS = 32  # longest caption, in tokens
 
@@ -21,7 +21,7 @@ def encode_and_pool(
     processor: FlamingoProcessor,
     pictures: Sequence[Image.Image],
     *,
-    autocast: AbstractContextManager | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     batch_size: int = 64,
     progress: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def encode_and_pool(
     device = next(model.perceiver.parameters()).device
     latents, pooled = [], []
     bar = tqdm(total=len(pictures), desc=progress, disable=progress is None, leave=False)
-    with autocast or nullcontext():
+    with autocast():
         for first in range(0, len(pictures), batch_size):
             pixels = processor.preprocess_images(pictures[first : first + batch_size]).to(device)
             features = model.encode_images(pixels)  # (N, F, v, d)
@@ -68,9 +68,7 @@ def _in_batches(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         input_ids, attention_mask = (t.to(latents.device) for t in processor.pad([rows[i] for i in chosen], "left"))
-        index = torch.full((len(chosen), max(1, *(len(shown[i]) for i in chosen), 1)), -1)
-        for b, i in enumerate(chosen):
-            index[b, : len(shown[i])] = torch.tensor(shown[i], dtype=torch.long)
+        index = pad_image_index([shown[i] for i in chosen])
         pictures = {"latents": latents, "image_index": index.to(latents.device)}
         for i, value in zip(chosen, answer(input_ids, attention_mask, pictures), strict=True):
             answers[i] = value
@@ -126,8 +124,8 @@ def score_answers(
 
     The end counts: without it "a fire" would always be at least as likely as "a fireplace".
     """
-    tokenizer = processor.tokenizer
-    ids = [[*tokenizer(f" {text}", add_special_tokens=False).input_ids, processor.eoc_token_id] for text in answers]
+    begin = len(processor.begin_ids) + 1  # and <image>: what follows is the answer as the model is trained to say it
+    ids = [processor.encode_chunks([Chunk(0, "", text)])[0][begin:] for text in answers]
 
     def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> Tensor:
         with autocast():
@@ -141,12 +139,9 @@ def caption(
     processor: FlamingoProcessor,
     latents: Tensor,
     prompts: Sequence[str],
-    *,
-    autocast: AbstractContextManager | None = None,
     **how,
 ) -> list[str]:
     """One caption for each picture of the bank (N, n, d). prompts: what follows <image>, such as a style's cue; may be
     empty. how: see `continue_texts`."""
     texts = [[Chunk(i, prompt)] for i, prompt in enumerate(prompts)]
-    with autocast or nullcontext():
-        return continue_texts(model, processor, latents, texts, **how)
+    return continue_texts(model, processor, latents, texts, **how)

@@ -111,8 +111,11 @@ class MaskedCrossAttention(nn.Module):
         k, v = self.to_kv(media).chunk(2, dim=-1)
         return tuple(rearrange(t, "N n (h c) -> N h n c", h=self.heads) for t in (k, v))
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight) -> Tensor:
-        """x (B, T_txt, D), keys and values of the bank (N, h, n, c) each → (B, T_txt, D)."""
+    def attention_inputs(
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries (B, h, T_txt, c), keys and values (B, h, T_img·n, c), and who may look where (B, 1, T_txt, T_img·n),
+        None for everywhere."""
         q = rearrange(self.to_q(self.norm(x)), "B t (h c) -> B h t c", h=self.heads)
         # Each text picks its pictures from the bank and lays their latents side by side.
         k, v = (rearrange(t[sight.image_index], "B T h n c -> B h (T n) c") for t in keys_values)
@@ -122,6 +125,11 @@ class MaskedCrossAttention(nn.Module):
             # A row that may look nowhere would be 0/0: let it look everywhere, and drop what it saw below.
             allowed = sight.mask | ~sight.sees_image
             mask = allowed.repeat_interleave(n, dim=2)[:, None]  # (B, 1, T_txt, T_img·n)
+        return q, k, v, mask
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight) -> Tensor:
+        """x (B, T_txt, D), keys and values of the bank (N, h, n, c) each → (B, T_txt, D)."""
+        q, k, v, mask = self.attention_inputs(x, keys_values, sight)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, T_txt, c)
         out = self.to_out(rearrange(out, "B h t c -> B t (h c)"))
         return out.masked_fill(~sight.sees_image, 0.0)

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from flamingo.build import build_flamingo
 from flamingo.checkpoint import find_folder, load_model, save_model
 from flamingo.config import FlamingoConfig
 from flamingo.language_model import FlamingoLayer
-from flamingo.modeling import Flamingo
+from flamingo.modeling import Flamingo, mean_loss, next_tokens
 from flamingo.processor import MEDIA_TOKEN, FlamingoProcessor
 
 
@@ -202,9 +201,7 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
                 use_cache=use_cache, **lm_options,
             )  # fmt: skip
         if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-            loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-            output.loss = loss / (targets != -100).sum().clamp(min=1)
+            output.loss = mean_loss(output.logits.flatten(0, 1), next_tokens(labels).flatten())
         return output
 
     @torch.no_grad()

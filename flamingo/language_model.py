@@ -264,31 +264,37 @@ class FlamingoLMMixin:
     def forward(self, *args, **kwargs):
         """The language model's own forward, after each layer has been told what the tokens of this call see."""
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
-        self._check_length(input_ids, kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        read = cache.get_seq_length() if cache is not None else 0  # tokens of earlier calls
+        self._check_length(input_ids, read)
         if self._latents is not None:
-            sight = self._sight(input_ids, kwargs.get("past_key_values"))
+            sight = self._sight(input_ids, read)
             for layer in self._get_decoder_layers():
                 layer.condition_media_locations(sight)
         return super().forward(*args, **kwargs)
 
-    def _check_length(self, input_ids: Tensor | None, past_key_values) -> None:
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text; None for a model that sets no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def _check_length(self, input_ids: Tensor | None, read: int) -> None:
         if input_ids is None:
             return
         if input_ids.numel() == 0:
             raise ValueError(f"the batch is empty: input_ids have the shape {tuple(input_ids.shape)}")
-        positions = getattr(self.config, "max_position_embeddings", None)
-        length = input_ids.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
+        positions, length = self.max_positions, read + input_ids.shape[1]
         if positions is not None and length > positions:
             raise ValueError(
                 f"a text of {length} tokens is longer than the {positions} positions of {self.config.model_type}: "
                 "shorten it, or give fewer pictures with their captions"
             )
 
-    def _sight(self, input_ids: Tensor | None, past_key_values) -> Sight:
+    def _sight(self, input_ids: Tensor | None, read: int) -> Sight:
         """Who sees what in this call: a text from its beginning, or the next tokens of one that has been read."""
         if input_ids is None:
             raise ValueError("a model that is shown pictures needs input_ids: inputs_embeds do not say where they are")
-        tokens, read = input_ids.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        tokens = input_ids.shape[1]
         beams = input_ids.shape[0] // self._image_index.shape[0]  # beams and samples of a text stand side by side
         image_index = self._image_index.repeat_interleave(beams, dim=0)
         told = self._media_locations

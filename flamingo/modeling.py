@@ -37,6 +37,17 @@ class FlamingoOutput:
     loss: Tensor | None = None
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """Labels (B, T_txt) → what the next token should be at each position, -100 where there is no loss."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits (K, vocabulary), targets (K,) → mean loss over the targets that are not -100; 0 if there are none."""
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
 class VisionLanguageModel(nn.Module):
     """Encode, tokenize, fuse, predict. A subclass says how the latents are fused with the text.
 
@@ -96,16 +107,20 @@ class VisionLanguageModel(nn.Module):
         features: Tensor | None = None,
         latents: Tensor | None = None,
         image_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        blind: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Whatever form the pictures come in → the bank of latents (N, n, d) and image_index (B, T_img).
 
         Give exactly one of pixel_values (…, F, C, H, W), features (…, F, v, d) and latents (…, n, d), where … is N
-        with an image_index and B, T_img without.
+        with an image_index and B, T_img without. blind: take the pictures away, a control; none need be given then, and
+        both results are None.
 
         Raises:
             ValueError: none or several are given, the number of dimensions is wrong, or the index points beyond
                 the bank.
         """
+        if blind:
+            return None, None
         given = {"pixel_values": pixel_values, "features": features, "latents": latents}
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) != 1:
@@ -159,23 +174,18 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids, attention_mask, labels: (B, T_txt); labels are -100 where there is no loss.
-            pixel_values, features, latents, image_index: see `prepare_images`.
-            blind: take the pictures away, a control; none need be given then.
+            pixel_values, features, latents, image_index, blind: see `prepare_images`.
         """
-        if blind:
-            latents, image_index = None, None
-        else:
-            latents, image_index = self.prepare_images(pixel_values, features, latents, image_index)
+        latents, image_index = self.prepare_images(pixel_values, features, latents, image_index, blind)
         texts = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}  # nothing to continue
         with self.fuse(latents, image_index):
             if labels is None:
                 return FlamingoOutput(self.lang_encoder(**texts).logits)
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T_txt): what the next token should be
+            targets = next_tokens(labels)  # (B, T_txt)
             keep = targets != -100
             with self.lang_encoder.logits_only_at(keep):
                 logits = self.lang_encoder(**texts).logits  # (K, vocabulary)
-        loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum") / keep.sum().clamp(min=1)
-        return FlamingoOutput(logits, loss)
+        return FlamingoOutput(logits, mean_loss(logits, targets[keep]))
 
     @torch.no_grad()
     def generate(
@@ -198,10 +208,7 @@ class VisionLanguageModel(nn.Module):
 
         Raises ValueError before the first step if prompt and new tokens need more positions than there are.
         """
-        if blind:
-            latents, image_index = None, None
-        else:
-            latents, image_index = self.prepare_images(pixel_values, features, latents, image_index)
+        latents, image_index = self.prepare_images(pixel_values, features, latents, image_index, blind)
         options = {
             "eos_token_id": self.eoc_token_id,
             "pad_token_id": self.pad_token_id,
@@ -216,7 +223,7 @@ class VisionLanguageModel(nn.Module):
             return self.lang_encoder.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def _check_room(self, length: int) -> None:
-        positions = getattr(self.lang_encoder.config, "max_position_embeddings", None)
+        positions = self.lang_encoder.max_positions
         if positions is not None and length > positions:
             raise ValueError(
                 f"prompt and new tokens need {length} positions, the language model has {positions}: shorten the "

@@ -246,6 +246,14 @@ class FlamingoProcessor(ProcessorMixin):
         return captions
 
 
+def pad_image_index(rows: Sequence[Sequence[int]]) -> Tensor:
+    """The pictures of each text, as rows of the bank → image_index (B, T_img), -1 for an empty slot."""
+    index = torch.full((len(rows), max([1, *map(len, rows)])), -1)
+    for i, row in enumerate(rows):
+        index[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return index
+
+
 def _is_picture(value) -> bool:
     return isinstance(value, (Image.Image, str, Path))
 

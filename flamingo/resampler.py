@@ -54,12 +54,16 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, inner * 2, bias=False)  # first half keys, second half values
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        """x (N, k, d), latents (N, n, d) → (N, n, d)."""
+    def queries_keys_values(self, x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, k, d), latents (N, n, d) → queries (N, h, n, c), keys and values (N, h, k + n, c)."""
         x, latents = self.norm_media(x), self.norm_latents(latents)
         q = self.to_q(latents)  # (N, n, h·dim_head)
         k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)  # (N, k + n, h·dim_head) each
-        q, k, v = (rearrange(t, "N t (h c) -> N h t c", h=self.heads) for t in (q, k, v))
+        return tuple(rearrange(t, "N t (h c) -> N h t c", h=self.heads) for t in (q, k, v))
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """x (N, k, d), latents (N, n, d) → (N, n, d)."""
+        q, k, v = self.queries_keys_values(x, latents)
         out = F.scaled_dot_product_attention(q, k, v)  # (N, h, n, dim_head)
         return self.to_out(rearrange(out, "N h n c -> N n (h c)"))
 

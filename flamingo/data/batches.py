@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flamingo.processor import Chunk, FlamingoProcessor
+from flamingo.processor import Chunk, FlamingoProcessor, pad_image_index
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,9 @@ class Collate:
             count += len(example.pictures) if example.features is None else len(example.features)
         input_ids, attention_mask = self.processor.pad(rows)
         told = torch.zeros_like(input_ids, dtype=torch.bool)
-        image_index = torch.full((len(rows), max(1, *map(len, index_rows), 1)), -1)
-        for i, (told_row, index_row) in enumerate(zip(told_rows, index_rows, strict=True)):
+        image_index = pad_image_index(index_rows)
+        for i, told_row in enumerate(told_rows):
             told[i, : len(told_row)] = torch.tensor(told_row)
-            image_index[i, : len(index_row)] = torch.tensor(index_row, dtype=torch.long)
         labels = caption_labels(
             input_ids, attention_mask, self.processor.media_token_id, self.processor.eoc_token_id, told
         )

@@ -39,7 +39,7 @@ class Answerer:
     @cached_property
     def _encoded(self) -> tuple[Tensor, Tensor]:
         return captioning.encode_and_pool(
-            self.model, self.processor, self.pictures, autocast=self.autocast(), progress="encoding pictures"
+            self.model, self.processor, self.pictures, autocast=self.autocast, progress="encoding pictures"
         )
 
     @property
@@ -70,7 +70,7 @@ class Answerer:
 
     def check_room(self, shots: int, examples: Sequence[Chunk], queries: Sequence[Chunk]) -> None:
         """Raises InputError, naming the number that fits, if the longest examples could leave no room for an answer."""
-        positions = getattr(self.model.lang_encoder.config, "max_position_embeddings", None)
+        positions = self.model.lang_encoder.max_positions
         if positions is None:
             return
         room = positions - captioning.NEW_TOKENS - len(self.processor.begin_ids) - max(map(self.length, queries))

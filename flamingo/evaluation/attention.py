@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -38,20 +37,16 @@ def cross_attention_weights(
 
     Rows of tokens that see no picture are 0.
     """
-    q = rearrange(attn.to_q(attn.norm(x)), "B t (h c) -> B h t c", h=attn.heads)
-    k = rearrange(keys_values[0][sight.image_index], "B T h n c -> B h (T n) c")
+    q, k, _, mask = attn.attention_inputs(x, keys_values, sight)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if sight.mask is not None:
-        mask = (sight.mask | ~sight.sees_image).repeat_interleave(keys_values[0].shape[2], dim=2)
-        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1) * sight.sees_image[:, None]
 
 
 def resampler_weights(attn: PerceiverAttention, x: Tensor, latents: Tensor) -> Tensor:
     """Latents → patches and latents, (N, h, n, k + n)."""
-    x, latents = attn.norm_media(x), attn.norm_latents(latents)
-    k = attn.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)[0]
-    q, k = (rearrange(t, "N t (h c) -> N h t c", h=attn.heads) for t in (attn.to_q(latents), k))
+    q, k, _ = attn.queries_keys_values(x, latents)
     return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 

@@ -78,15 +78,13 @@ def score_with_controls(exam: Exam, said: dict[str, list[str]], seed: int) -> di
     truths = [item.truths for item in exam.items]
     names = {"own": "exact_match", "blind": "exact_match_blind", "shuffled": "exact_match_shuffled"}
     marks = {flat: exact_match(said[name], truths) for name, flat in names.items()}  # (N,) each
-    groups = sorted({item.group for item in exam.items})
-    members = {group: [i for i, item in enumerate(exam.items) if item.group == group] for group in groups}
     result = {
         "n": len(exam.items),
         **{name: float(values.mean()) for name, values in marks.items()},
         "exact_match_novel": None,
         "by_objects": {
             group: {"n": len(which)} | {name: float(values[which].mean()) for name, values in marks.items()}
-            for group, which in members.items()
+            for group, which in _by_group(exam.items).items()
         },
         "metrics": scores(said["own"], truths, seed),
         "controls": {name: scores(said[name], truths, seed) for name in CONTROLS},
@@ -94,16 +92,22 @@ def score_with_controls(exam: Exam, said: dict[str, list[str]], seed: int) -> di
     result |= verdict(exam, said, seed)
     if exam.novel:
         right = exact_match(said["novel"], [item.truths for item in exam.novel])
-        novel_groups = sorted({item.group for item in exam.novel})
-        by_group = {g: [i for i, item in enumerate(exam.novel) if item.group == g] for g in novel_groups}
         result["exact_match_novel"] = float(right.mean())
         result["novel"] = {
             "n": len(right),
             "exact_match": float(right.mean()),
-            "by_objects": {g: {"n": len(w), "exact_match": float(right[w].mean())} for g, w in by_group.items()},
+            "by_objects": {
+                g: {"n": len(w), "exact_match": float(right[w].mean())} for g, w in _by_group(exam.novel).items()
+            },
             "metrics": scores(said["novel"], [item.truths for item in exam.novel], seed),
         }
     return result
+
+
+def _by_group(items: Sequence[Item]) -> dict[str, list[int]]:
+    """Group → the numbers of its items."""
+    return {group: [i for i, item in enumerate(items) if item.group == group]
+            for group in sorted({item.group for item in items})}  # fmt: skip
 
 
 def scores(captions: Sequence[str], truths: Sequence[Sequence[str]], seed: int) -> dict[str, dict]:
