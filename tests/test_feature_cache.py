@@ -91,6 +91,9 @@ def test_a_stale_cache_is_built_again_and_said(tmp_path, capsys):
     assert "other weights, preprocessing or pictures; building it again" in capsys.readouterr().out
     torch.testing.assert_close(cache[0:2].float()[:, 0], other(Pictures().pixels[:2, 0]), rtol=1e-3, atol=1e-3)
     assert cache_key(other, "set") != cache_key(other, "another set")
+    before = cache_key(other, "set")
+    other.class_token = True
+    assert cache_key(other, "set") != before
 
 
 @pytest.mark.parametrize("name, damage, reason", [

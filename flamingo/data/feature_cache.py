@@ -47,7 +47,8 @@ def cache_key(encoder: VisionEncoder, data_fingerprint: str) -> str:
     ramp = Image.linear_gradient("L")
     probe = Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180))).resize((317, 211))
     prepared = hashlib.sha256(encoder.preprocess(probe).numpy().tobytes()).hexdigest()[:16]
-    return f"{encoder.name} {encoder.fingerprint} norm={encoder.norm} preprocess={prepared} data={data_fingerprint}"
+    read = f"norm={encoder.norm} class_token={encoder.class_token}"  # the weights' fingerprint knows neither
+    return f"{encoder.name} {encoder.fingerprint} {read} preprocess={prepared} data={data_fingerprint}"
 
 
 class FeatureCache:
