@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     from flamingo.evaluation.parts import Parts
     from flamingo.evaluation.report import write_report
     from flamingo.options import TrainingOptions, read_json
-    from flamingo.training import hold_matrices_in_bf16, pick_device
+    from flamingo.training import hold_frozen_in_bf16, pick_device
 
     began = time.time()
     if not args.run.is_dir():
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     model, processor, config = load_model(args.run)
     model.to(device)
     if summary["dtype"] == "bfloat16":
-        hold_matrices_in_bf16(model, trained=True)
+        hold_frozen_in_bf16(model, trained=True)
 
     if uses_classroom(options):
         exam = classroom_exam(args.split, args.n, args.seed)

@@ -36,8 +36,7 @@ def main(options: TrainingOptions) -> None:
     # ------------------------------------------------------------------------------------------------ build
     torch.manual_seed(options.seed)
     device = training.pick_device(options.device)
-    training.keep_freed_memory()
-    training.use_tf32()
+    training.tune(device)
     config = FlamingoConfig(**model_settings(options))
     model, processor = build_flamingo(config)
     model.to(device).train()
@@ -61,7 +60,7 @@ def main(options: TrainingOptions) -> None:
     if dtype == "auto":
         dtype = "bfloat16" if training.bf16_pays(model, held_out[0], device) else "float32"
     if dtype == "bfloat16":
-        training.hold_matrices_in_bf16(model)
+        training.hold_frozen_in_bf16(model)
     if options.gradient_checkpointing:
         training.checkpoint_layers(model)
     if options.compile:

@@ -5,6 +5,11 @@
     python -m benchmarks.memory      peak memory of a training step, each side in a process of its own
     python -m benchmarks.growth      how time grows with pictures, captions, text length and latents
 
+and ours alone:
+
+    python -m benchmarks.precision   does bfloat16 learn what float32 learns?
+    python -m benchmarks.classroom   what a step of the default run spends its time on
+
 Weights are random, of the shapes of OPT-125m and ViT-L-14: time does not depend on their values, and nothing has to be
 downloaded. Both sides have the same ones, and before anything is timed their losses are compared.
 """

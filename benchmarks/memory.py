@@ -23,7 +23,7 @@ from benchmarks.shapes import FULL, QUICK, language_model, make_pictures, make_t
 from benchmarks.timing import Spread
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.errors import InputError
-from flamingo.training import keep_freed_memory
+from flamingo.training import tune
 
 SIDES = {"peer": "OpenFlamingo 2.0.1", "memory": "features cached", "memory_pixels": "from pixels"}
 CAPTIONS = 5
@@ -45,7 +45,7 @@ def step_peak(which: str, quick: bool, texts: int, device: torch.device) -> dict
         if which == "peer":
             side = Peer(build_peer(shape, tower, lm), shape, pictures, device)
         else:
-            keep_freed_memory()
+            tune(device)
             model, cache = build_ours(shape, tower, lm).to(device), None
             if which == "memory":
                 cache = FeatureCache.open_or_build(Path(folder), pictures, "x", model.vision_encoder, device=device)

@@ -11,7 +11,7 @@ from flamingo.data.batches import Batch, caption_labels
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.modeling import Flamingo
 from flamingo.options import TrainingOptions
-from flamingo.training import autocast, hold_matrices_in_bf16, make_optimizer
+from flamingo.training import autocast, hold_frozen_in_bf16, make_optimizer
 from flamingo.vision import OpenClipEncoder
 
 
@@ -74,18 +74,20 @@ class Ours:
         with autocast(self.device, dtype):
             return self.model(**batch.to(self.device).inputs()).loss
 
-    def step(self, texts: Sequence[Text], dtype: str = "float32") -> None:
-        """One optimizer step, loading included."""
-        self.loss(self.batch(texts), dtype).backward()
+    def step(self, texts: Sequence[Text], dtype: str = "float32") -> Tensor:
+        """One optimizer step, loading included → its loss."""
+        loss = self.loss(self.batch(texts), dtype)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def in_bf16(self) -> "Ours":
         """As evaluate.py generates in bfloat16."""
         low = copy.copy(self)
         low.model, low.dtype = copy.deepcopy(self.model), "bfloat16"
-        hold_matrices_in_bf16(low.model, trained=True)
+        hold_frozen_in_bf16(low.model, trained=True)
         return low
 
     def generate(self, texts: Sequence[Text], **options) -> Tensor:

@@ -24,7 +24,7 @@ from benchmarks.shapes import Text, make_texts
 from benchmarks.timing import Spread, alternate, seconds
 from flamingo.data.batches import StepSampler
 from flamingo.data.feature_cache import FeatureCache
-from flamingo.training import hold_matrices_in_bf16
+from flamingo.training import hold_frozen_in_bf16
 
 DTYPES = ("float32", "bfloat16")
 CAPTIONS = 5  # of a picture
@@ -106,14 +106,14 @@ def measure(args, folder: Path) -> dict:
     contestants = {
         "peer": (peer, their_batches(shared), sizes, 1),
         "train_cached": (cached, own_batches(shared), small, 4),
-        "train_pixels": (ours, own_batches(shared), small, 2),
-        "train_pixels_single": (ours, own_batches(single), sizes, 2),
+        "train_pixels": (ours, own_batches(shared), small, 4),
+        "train_pixels_single": (ours, own_batches(single), sizes, 1),
     }
     dtypes = {side: best_dtype(side, evenly(batches(5), 1), args.device)
               for side, batches in ((peer, their_batches(shared)), (cached, own_batches(shared)))}  # fmt: skip
     dtypes[ours] = dtypes[cached]  # the same model
     if dtypes[ours] == "bfloat16":
-        hold_matrices_in_bf16(ours.model)  # as train.py does
+        hold_frozen_in_bf16(ours.model)  # as train.py does
     works, chosen = {}, {}
     for name, (side, batches, tried, count) in contestants.items():
         dtype = dtypes[side]

@@ -29,16 +29,28 @@ class Sight:
     image_index: (B, T_img) which picture of the bank stands in each slot (0 where the slot is empty: never seen).
     mask: (B, T_txt, T_img) may this token look at this slot? None if every token sees slot 0 or nothing.
     sees_image: (B, T_txt, 1) does the token see any picture at all? Its attention is exactly 0 if not.
+    captions_each: see `captions_each`.
     """
 
     image_index: Tensor
     mask: Tensor | None
     sees_image: Tensor
+    captions_each: int = 0
 
     def last(self, tokens: int) -> "Sight":
         """The same for the last `tokens` of each text only: those before have been read in an earlier call."""
         mask = None if self.mask is None else self.mask[:, -tokens:]
-        return Sight(self.image_index, mask, self.sees_image[:, -tokens:])
+        return Sight(self.image_index, mask, self.sees_image[:, -tokens:], self.captions_each)
+
+
+def captions_each(image_index: Tensor) -> int:
+    """K, if every text has one picture and the texts stand in the order of the bank, K to each picture (0 0 0 1 1 1 …);
+    else 0. So it is when the captions of a picture are trained on together, and for the beams of a search: their
+    tokens can then ask a picture all at once, and its keys need no copy for each of them."""
+    texts, slots = image_index.shape
+    each, rest = divmod(texts, int(image_index.max()) + 1)
+    in_order = torch.arange(texts, device=image_index.device) // max(1, each)
+    return each if slots == 1 and not rest and torch.equal(image_index[:, 0], in_order) else 0
 
 
 def who_sees_what(media_locations: Tensor, image_index: Tensor, only_immediate: bool = True) -> Sight:
@@ -68,10 +80,12 @@ def who_sees_what(media_locations: Tensor, image_index: Tensor, only_immediate: 
     seen = text_time[:, :, None] >= image_time  # (B, T_txt, T_img): this slot or a later one
     if only_immediate:
         seen = text_time[:, :, None] == image_time
+    image_index = image_index.clamp(min=0)
     return Sight(
-        image_index=image_index.clamp(min=0),
+        image_index=image_index,
         mask=None if image_index.shape[1] == 1 else seen,
         sees_image=(text_time > 0)[:, :, None],
+        captions_each=captions_each(image_index),
     )
 
 
@@ -84,7 +98,7 @@ def sight_of_next_token(images_read: Tensor, image_index: Tensor, only_immediate
     image_index = image_index.clamp(min=0)
     if only_immediate:
         last = image_index.gather(1, (images_read - 1).clamp(min=0)[:, None])  # (B, 1)
-        return Sight(last, None, sees_image)
+        return Sight(last, None, sees_image, captions_each(last))
     image_time = torch.arange(1, image_index.shape[1] + 1, device=image_index.device)
     return Sight(image_index, rearrange(images_read[:, None] >= image_time, "B T -> B 1 T"), sees_image)
 
@@ -129,10 +143,20 @@ class MaskedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight) -> Tensor:
         """x (B, T_txt, D), keys and values of the bank (N, h, n, c) each → (B, T_txt, D)."""
-        q, k, v, mask = self.attention_inputs(x, keys_values, sight)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, T_txt, c)
-        out = self.to_out(rearrange(out, "B h t c -> B t (h c)"))
-        return out.masked_fill(~sight.sees_image, 0.0)
+        if len(x) == sight.captions_each * len(keys_values[0]):
+            out = self._ask_together(x, keys_values, sight.captions_each)
+        else:
+            q, k, v, mask = self.attention_inputs(x, keys_values, sight)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, T_txt, c)
+            out = rearrange(out, "B h t c -> B t (h c)")
+        return self.to_out(out).masked_fill(~sight.sees_image, 0.0)
+
+    def _ask_together(self, x: Tensor, keys_values: tuple[Tensor, Tensor], each: int) -> Tensor:
+        """The same where the `each` texts of a picture stand side by side: their tokens are the queries of one attention,
+        (N, h, each·T_txt, c) to (N, h, n, c), and no text needs a copy of its picture's keys."""
+        q = rearrange(self.to_q(self.norm(x)), "(N K) t (h c) -> N h (K t) c", h=self.heads, K=each)
+        out = F.scaled_dot_product_attention(q, *keys_values)
+        return rearrange(out, "N h (K t) c -> (N K) t (h c)", K=each)
 
 
 class GatedCrossAttentionBlock(nn.Module):

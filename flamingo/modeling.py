@@ -93,9 +93,16 @@ class VisionLanguageModel(nn.Module):
 
     # ------------------------------------------------------------------------------------ encode, tokenize
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """(N, F, C, H, W) → (N, F, v, d). No gradient: the encoder is frozen."""
+        """(N, F, C, H, W) → (N, F, v, d), in the encoder's own dtype. No gradient: the encoder is frozen.
+
+        Nor autocast, which keeps float32 weights for an optimizer and converts them at every call. Whoever wants
+        bfloat16 converts the encoder once (`flamingo.training.hold_frozen_in_bf16`). On a CPU that is not merely
+        faster: the attention of open_clip's towers is thirty times *slower* under autocast than in float32.
+        """
         frames = rearrange(pixel_values, "N F C H W -> (N F) C H W")
-        return rearrange(self.vision_encoder(frames), "(N F) v d -> N F v d", N=len(pixel_values))
+        with torch.autocast(frames.device.type, enabled=False):
+            features = self.vision_encoder(frames.to(next(self.vision_encoder.parameters()).dtype))
+        return rearrange(features, "(N F) v d -> N F v d", N=len(pixel_values))
 
     def tokenize_images(self, features: Tensor, image_index: Tensor | None = None) -> Tensor:
         """(N, F, v, d) → (N, n, d)."""

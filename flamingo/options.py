@@ -85,7 +85,7 @@ PRESETS = {
             "resampler_num_time_embeds": 0, "xattn_init_gain": 5.0, "resampler_init_gain": 10.0,
             "resampler_query_gain": 3.0, "resampler_latents_std": 0.5,
         },
-        "training": {"steps": 540, "batch_size": 64, "lr": 3e-3, "eval_every": 180, "eval_batches": 2},
+        "training": {"steps": 720, "batch_size": 32, "lr": 3e-3, "eval_every": 240, "eval_batches": 4},
     },
     "opt-125m": {
         "model": {"lm": "facebook/opt-125m", "clip_model_type": "ViT-L-14-quickgelu:openai"},

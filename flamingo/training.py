@@ -1,6 +1,7 @@
 """The parts of training that are worth a name of their own; the loop itself is in train.py, in the open."""
 
 import contextlib
+import copy
 import ctypes
 import math
 import resource
@@ -32,6 +33,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def tune(device: torch.device) -> None:
+    """Settings of the whole process with which PyTorch is faster on this device."""
+    keep_freed_memory()
+    use_tf32()
+    use_plain_attention(device)
+
+
 def keep_freed_memory() -> None:
     """On Linux, let the C library keep freed memory instead of handing each large tensor back to the kernel, which
     must then clear the pages of the next one: about a tenth of a training step on a CPU. Elsewhere nothing happens."""
@@ -41,31 +49,40 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>
 
 
+def use_plain_attention(device: torch.device) -> None:
+    """On a CPU, let attention be two products and a softmax. PyTorch's flash attention for CPUs goes through the texts'
+    heads one by one: less memory for long texts, but a sixth of a training step on texts of twenty tokens."""
+    if device.type == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)  # "cuda" is in the name only
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 stays bfloat16
+
+
 def bf16_pays(model: Flamingo, batch: Batch, device: torch.device) -> bool:
     """Is bfloat16 autocast faster here? Always on GPUs that have it; on a CPU a few texts, trained both ways, decide.
 
     Many CPUs have no bfloat16 unit and convert back and forth; on others the products are faster and the backward pass,
-    or all the converting between, is slower: a matrix product alone would not tell.
+    or all the converting between, is slower: a matrix product alone would not tell. Tried on a copy: what is frozen is
+    then held in bfloat16, as it will be.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu":
         return False
-    few = batch.first(32)
+    few, tried = batch.first(32), copy.deepcopy(model)
 
     def seconds(dtype: str) -> float:
         best = math.inf
         for _ in range(3):
             began = time.perf_counter()
             with autocast(device, dtype):
-                loss = model(**few.inputs()).loss
+                loss = tried(**few.inputs()).loss
             loss.backward()
             best = min(best, time.perf_counter() - began)
         return best
 
-    faster = seconds("bfloat16") < 0.9 * seconds("float32")
-    model.zero_grad(set_to_none=True)
-    return faster
+    exact = seconds("float32")
+    hold_frozen_in_bf16(tried)
+    return seconds("bfloat16") < 0.9 * exact
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -79,12 +96,14 @@ def use_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def hold_matrices_in_bf16(model: nn.Module, *, trained: bool = False) -> None:
-    """Autocast converts every frozen matrix to bfloat16 at every product: convert them once, in half the memory.
+def hold_frozen_in_bf16(model: Flamingo, *, trained: bool = False) -> None:
+    """Convert what is frozen to bfloat16, once: half the memory, and autocast has nothing to convert at every product.
 
-    What is computed under autocast stays the same, bit for bit. trained: those that train as well, for a model that
-    only generates from now on; an optimizer needs them in float32.
+    The vision encoder as a whole, and the language model's matrices; with the latter all stays the same, bit for bit, as
+    what autocast computes. trained: those that train as well, for a model that only generates from now on; an
+    optimizer needs them in float32.
     """
+    model.vision_encoder.to(torch.bfloat16)
     for module in list(model.modules()):
         weight = getattr(module, "weight", None)
         is_matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from benchmarks import decode, growth, memory, report, shapes, train
+from benchmarks import classroom, decode, growth, memory, precision, report, shapes, train
 from flamingo.errors import InputError
 
 needs_peer = pytest.mark.skipif(
@@ -60,6 +60,23 @@ def test_memory_is_the_peers_over_ours(monkeypatch, tmp_path):
     monkeypatch.setattr(memory.subprocess, "run", measured)
     memory.main(["--quick", "--device", "cpu", "--json", str(tmp_path / "memory.json")])
     assert json.loads((tmp_path / "memory.json").read_text())["ratios"] == {"memory": 3.0, "memory_pixels": 2.0}
+
+
+def test_both_dtypes_learn_the_same(tmp_path, capsys):
+    precision.main(["--quick", "--device", "cpu", "--json", str(tmp_path / "precision.json")])
+    result = json.loads((tmp_path / "precision.json").read_text())
+    exact, fast = result["losses"]["float32"], result["losses"]["bfloat16"]
+    assert exact[0] == pytest.approx(fast[0], rel=1e-2) and exact != fast and exact[-1] < exact[0]
+    assert result["mean_difference"] <= result["largest_difference"] < 0.05
+    assert "within 1%" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_classroom_step_add_up(tmp_path):
+    figure, out = tmp_path / "figure.png", tmp_path / "classroom.json"
+    classroom.main(["--quick", "--device", "cpu", "--json", str(out), "--figure", str(figure)])
+    result = json.loads(out.read_text())
+    assert sum(result["share"].values()) == pytest.approx(1) and figure.stat().st_size
+    assert all(len(spread["raw"]) == 3 and spread["low"] > 0 for spread in result["seconds"].values())
 
 
 def test_a_missing_peer_is_said_in_one_sentence(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_flamingo
 
 from flamingo import training
+from flamingo.cross_attention import captions_each
 from flamingo.errors import InputError
 from flamingo.options import parse_training_options
 
@@ -15,7 +16,7 @@ def loss_and_gradients(model, texts, pictures, **options):
     labels = texts.masked_fill(texts < 10, -100)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=options.pop("bf16", False)):
-        loss = model(texts, labels=labels, pixel_values=pictures).loss
+        loss = model(texts, labels=labels, **{options.get("kind", "pixel_values"): pictures}).loss
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -40,10 +41,11 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(texts, pictures):
 @pytest.mark.parametrize("trained", [False, True])
 def test_matrices_held_in_bf16_compute_what_autocast_computes(texts, pictures, trained):
     model = tiny_flamingo()
-    exact, _ = loss_and_gradients(model, texts, pictures)
-    expected, _ = loss_and_gradients(model, texts, pictures, bf16=True)
-    training.hold_matrices_in_bf16(model, trained=trained)
-    loss, gradients = loss_and_gradients(model, texts, pictures, bf16=True)
+    features = model.encode_images(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])  # (B, T_img, F, v, d)
+    exact, _ = loss_and_gradients(model, texts, features, kind="features")
+    expected, _ = loss_and_gradients(model, texts, features, kind="features", bf16=True)
+    training.hold_frozen_in_bf16(model, trained=trained)
+    loss, gradients = loss_and_gradients(model, texts, features, kind="features", bf16=True)
     assert loss == expected != exact and loss == pytest.approx(exact, rel=1e-2)
     layer = model.lang_encoder.model.decoder.layers[0]
     assert layer.decoder_layer.fc1.weight.dtype == torch.bfloat16
@@ -51,9 +53,59 @@ def test_matrices_held_in_bf16_compute_what_autocast_computes(texts, pictures, t
     assert gradients.keys() == model.trainable_state_dict().keys()
     with torch.autocast("cpu", torch.bfloat16):
         held, plain = (
-            m.generate(texts[:, :3], pixel_values=pictures[:, :1], max_new_tokens=5) for m in (model, tiny_flamingo())
+            m.generate(texts[:, :3], features=features[:, :1], max_new_tokens=5) for m in (model, tiny_flamingo())
         )
     assert torch.equal(held, plain)
+
+
+def test_the_frozen_encoder_is_bf16_throughout_when_it_is_held_so(texts, pictures):
+    """Never under autocast, which would convert its weights at every call."""
+    model = tiny_flamingo()
+    exact = model.encode_images(pictures.flatten(0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode_images(pictures.flatten(0, 1)), exact)
+        training.hold_frozen_in_bf16(model)
+        low = model.encode_images(pictures.flatten(0, 1))
+    assert low.dtype == torch.bfloat16 and {p.dtype for p in model.vision_encoder.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(low.float(), exact, atol=0.1, rel=0.05)
+
+
+def test_plain_attention_computes_the_same(texts, pictures):
+    expected, gradients = loss_and_gradients(tiny_flamingo(), texts, pictures)
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    training.use_plain_attention(torch.device("cpu"))
+    try:
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        loss, others = loss_and_gradients(tiny_flamingo(), texts, pictures)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(flash)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-6, rel=1e-3)
+
+
+def test_captions_of_a_picture_ask_together_what_they_ask_apart(texts, pictures):
+    """Sorted by picture and evenly many, or in any other order: the same losses."""
+    model = tiny_flamingo()
+    bank = pictures[:, 0]  # (N, F, C, H, W)
+    texts = texts[:1].expand(2 * len(bank), -1).contiguous()
+    one = texts.masked_fill(texts == model.media_token_id, 5)
+    one[:, 1] = model.media_token_id  # one picture each
+    in_order = torch.arange(len(bank)).repeat_interleave(2)[:, None]
+    assert captions_each(in_order) == 2
+    logits = model(one, pixel_values=bank, image_index=in_order).logits
+    shuffled = torch.randperm(len(in_order), generator=torch.Generator().manual_seed(3))
+    assert captions_each(in_order[shuffled]) == 0
+    torch.testing.assert_close(model(one, pixel_values=bank, image_index=in_order[shuffled]).logits, logits[shuffled])
+
+
+@pytest.mark.parametrize(
+    ("index", "each"),
+    [([[0]], 1), ([[0], [1]], 1), ([[0], [0], [0]], 3), ([[0], [0], [1], [1]], 2), ([[0], [1], [1]], 0),
+     ([[1], [0]], 0), ([[0, 1]], 0), ([[0], [0], [2], [2]], 0)],
+)  # fmt: skip
+def test_when_captions_of_a_picture_stand_side_by_side(index, each):
+    assert captions_each(torch.tensor(index)) == each
 
 
 def test_no_frozen_weight_gets_a_gradient_or_an_optimizer_state(texts, pictures):

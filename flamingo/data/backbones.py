@@ -8,9 +8,11 @@ What this file teaches: where the "frozen backbones" of a Flamingo come from, at
    that keep one caption style throughout and mostly do not name it. So the frozen model *follows its context*:
    that is the ability Flamingo's few-shot learning rests on.
 2. A CLIP: pictures and captions meet in one space (the contrastive loss of Radford et al. 2021). A contrastive
-   loss on whole captions does not need to know *where* things are, and its patch tokens then do not say. So two
-   dense terms ask every patch token what it shows and where it stands; without the second the tokens lose their
-   places, and a Flamingo on top sees a bag of objects. *What* is asked in the language model's own word vectors (as in
+   loss on whole captions does not need to know *where* things are, and its patch tokens then do not say. So four
+   dense terms ask every patch token what it shows, where it stands, where in the picture there is something at all, and
+   how the scene is arranged. Without the second the tokens lose their places, and a Flamingo on top sees a bag of objects;
+   without the last two no patch compares itself with others, and "two tomatoes" looks like "a tomato and a bus". *What*
+   is asked in the language model's own word vectors (as in
    DeViSE, Frome et al. 2013): then one map, the same for all objects, turns what a patch shows into the word for it,
    and a Flamingo that learns it on some objects has learned it for the others. Most of it is taught on crowded
    scenes: nine objects for the price of one picture.
@@ -40,7 +42,7 @@ from flamingo.build import load_language_model
 from flamingo.data import probes, scenes
 from flamingo.data.documents import document, naming_lines
 from flamingo.data.probes import PATCH
-from flamingo.training import warmup_cosine
+from flamingo.training import use_plain_attention, warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
 LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
@@ -55,6 +57,8 @@ CLIP_CONFIG = {
 DENSE_SCALE = (
     16.0  # of cosines: small, so that a patch must come near the word it shows, not just nearer than to others
 )
+# How a scene may be arranged, as the third dense term asks it: (layout, how many things).
+ARRANGEMENTS = [("one", 1), ("count", 2), ("count", 3), ("row", 2), ("column", 2), ("three", 3)]
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -208,16 +212,29 @@ def encode_text(clip: open_clip.CLIP, ids: Tensor) -> Tensor:
     return x[torch.arange(len(ids), device=ids.device), at_end] @ clip.text_projection
 
 
-def vision_batch(step: int, size: int, phase: str, names: dict[str, int]) -> tuple[Tensor, Tensor, list[str]]:
-    """Pixels, patch classes and captions (none for crowded scenes) of one training batch."""
-    rng = random.Random(f"vision {step}")
+def arrangement(scene: scenes.Scene) -> int:
+    """The class of how a scene is arranged, a place in ARRANGEMENTS."""
+    return ARRANGEMENTS.index((scene.layout, len(scene.objects)))
+
+
+def contrastive_loss(clip, tokenizer, image: Tensor, told: list[scenes.Scene], rng: random.Random) -> Tensor:
+    """Each picture (N, E) against the captions of all, and each caption, in a style of its own, against all pictures."""
+    captions = [f" {scene.caption(rng.choice(scenes.STYLES))}" for scene in told]
+    text = F.normalize(encode_text(clip, tokenizer(captions).to(image.device)).float(), dim=-1)
+    logits = clip.logit_scale.exp() * F.normalize(image.float(), dim=-1) @ text.T  # (N, N)
+    same = torch.arange(len(told), device=image.device)
+    return 0.5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
+
+
+def vision_batch(step: int, size: int, crowd: bool, names: dict[str, int]) -> tuple[list[scenes.Scene], Tensor, Tensor]:
+    """Scenes of one training batch, their pixels (N, 3, H, W) and what their patches show (N, 36)."""
+    layouts = random.Random(f"layouts {step}").choices(scenes.LAYOUTS, (1, 2, 2, 2, 2), k=size)
     told = [
-        scenes.make_scene(SEED, "train", 2**42 + step * size + k, include_novel=True, crowd=phase == "crowd")
-        for k in range(size)
+        scenes.make_scene(SEED, "train", 2**42 + step * size + k, layout=layout, include_novel=True, crowd=crowd)
+        for k, layout in enumerate(layouts)
     ]
     targets = torch.from_numpy(np.stack([patch_names(scene, names) for scene in told]))
-    captions = [] if phase == "crowd" else [scene.caption(rng.choice(scenes.STYLES)) for scene in told]
-    return to_pixels([scene.draw() for scene in told]), targets, captions
+    return told, to_pixels([scene.draw() for scene in told]), targets
 
 
 def names_in_word_space(lm: OPTForCausalLM, tokenizer, words: list[str]) -> Tensor:
@@ -239,38 +256,45 @@ def pretrain_clip(out: Path, lm: OPTForCausalLM, lm_tokenizer, steps: int, devic
     names = {name: i for i, name in enumerate(words)}
     name_vectors = names_in_word_space(lm, lm_tokenizer, words).to(device)  # (words, E)
     patches_a_picture = (scenes.IMAGE_SIZE // PATCH) ** 2
-    places = nn.Linear(config["vision_cfg"]["width"], patches_a_picture, device=device)  # only for training: not kept
-    optimizer = make_optimizer([clip, places], lr=1e-3)
+    width = config["vision_cfg"]["width"]
+    places = nn.Linear(width, patches_a_picture, device=device)  # these three only for training: not kept
+    taken = nn.Linear(width, patches_a_picture, device=device)
+    arrangements = nn.Linear(width, len(ARRANGEMENTS), device=device)
+    optimizer = make_optimizer([clip, places, taken, arrangements], lr=1e-3)
     bar = tqdm(range(steps), desc="CLIP", mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * warmup_cosine(step, steps, 200)
-        # First only crowded scenes (what do objects look like), later every second batch is captioned pictures.
-        phase = "crowd" if step < 0.4 * steps or step % 2 else "captions"
-        pixels, targets, captions = vision_batch(step, 128 if phase == "crowd" else 192, phase, names)
+        # First only crowded scenes (what do objects look like), later three of four batches are captioned pictures.
+        crowd = step < 0.25 * steps or step % 4 == 0
+        told, pixels, targets = vision_batch(step, 128 if crowd else 192, crowd, names)
         with torch.autocast(device.type, torch.bfloat16):
             image, tokens = encode_image(clip, pixels.to(device))
-            scale = clip.logit_scale.exp()
             patches = F.normalize((tokens @ clip.visual.proj).float(), dim=-1)  # (N, 36, E)
             patch_logits = DENSE_SCALE * patches @ name_vectors.T  # (N, 36, words): what is here?
-            place_logits = places(tokens).float()  # (N, 36, 36): where is this?
             where = torch.arange(patches_a_picture, device=device).expand(len(tokens), -1)
             dense = F.cross_entropy(patch_logits.flatten(0, 1), targets.flatten().to(device))
-            loss = dense + 0.5 * F.cross_entropy(place_logits.flatten(0, 1), where.flatten())
-            if captions:
-                text = F.normalize(encode_text(clip, tokenizer([f" {c}" for c in captions]).to(device)).float(), dim=-1)
-                logits = scale * F.normalize(image.float(), dim=-1) @ text.T
-                same = torch.arange(len(captions), device=device)
-                loss = loss + 0.5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same))
+            loss = dense + 0.5 * F.cross_entropy(places(tokens).float().flatten(0, 1), where.flatten())
+            if not crowd:
+                kind = torch.tensor([arrangement(scene) for scene in told], device=device)  # (N,)
+                arranged = arrangements(tokens).float()  # (N, 36, kinds)
+                loss = loss + F.cross_entropy(arranged.flatten(0, 1), kind.repeat_interleave(patches_a_picture))
+                thing = ((targets >= 0) & (targets < len(scenes.OBJECTS))).float().to(device)  # (N, 36)
+                seen = taken(tokens).float()  # (N, 36, 36): each patch's map of all patches
+                loss = loss + 3 * F.binary_cross_entropy_with_logits(seen, thing[:, None].expand_as(seen))
+                loss = loss + contrastive_loss(clip, tokenizer, image, told, random.Random(f"vision {step}"))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         clip.logit_scale.data.clamp_(0, math.log(100))
-        if step % 20 == 0:
+        if step % 21 == 0:  # now a crowd, now captioned pictures
             known = targets >= 0
             hits = (patch_logits.argmax(-1).cpu() == targets)[known & (targets < len(scenes.OBJECTS))].float().mean()
-            bar.set_postfix(loss=f"{loss.item():.3f}", dense=f"{dense.item():.3f}", patch_hits=f"{hits:.3f}")
+            shown = {"loss": loss.item(), "dense": dense.item(), "patch_hits": hits.item()}
+            if not crowd:
+                shown["arranged"] = (arranged.argmax(-1) == kind[:, None]).float().mean().item()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
         if step % 250 == 249 or step == steps - 1:
             save_clip(out, config, clip)
     seconds = round(time.time() - began)
@@ -281,6 +305,7 @@ def pretrain_clip(out: Path, lm: OPTForCausalLM, lm_tokenizer, steps: int, devic
         "retrieval_of_512": probes.retrieval(clip, tokenizer, to_pixels),
         "probe_object_of_a_patch": probes.probe_patches(clip, to_pixels, patch_names, names),
         "probe_object_in_the_left_half": probes.probe_left_half(clip, to_pixels, names),
+        "probe_arrangement_from_one_patch": probes.probe_arrangement(clip, to_pixels, arrangement, len(ARRANGEMENTS)),
     }
 
 
@@ -302,10 +327,11 @@ def main() -> None:
     parser.add_argument("--clip-only", action="store_true", help="keep the OPT that is there and train the CLIP anew")
     parser.add_argument("--lm-steps", type=int, default=700, help="optimizer steps for the OPT (default: %(default)s)")
     parser.add_argument(
-        "--clip-steps", type=int, default=700, help="optimizer steps for the CLIP (default: %(default)s)"
+        "--clip-steps", type=int, default=1400, help="optimizer steps for the CLIP (default: %(default)s)"
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_plain_attention(device)
     torch.manual_seed(SEED)
     args.out.mkdir(parents=True, exist_ok=True)
     report_file = args.out / "report.json"

@@ -128,7 +128,7 @@ class StepSampler(Sampler):
     `WINDOW` batches are drawn together, sorted by length and cut into batches of equals, in random order again.
     """
 
-    WINDOW = 16
+    WINDOW = 64
 
     def __init__(
         self,

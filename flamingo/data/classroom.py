@@ -8,23 +8,28 @@ from flamingo.data import scenes
 from flamingo.data.batches import Example
 from flamingo.processor import Chunk
 
+FIRST_STYLES = ("list", "telegram")  # of the first words
+
 
 class ClassroomScenes(Dataset):
     """`size` examples, each a pure function of (seed, split, index).
 
-    The first `first_lessons` are *first words*: one scene told as a list, or as a telegram. Nearly every word of these
+    An example is told twice, each time in another style: what is seen in its pictures is worked out once for both.
+
+    The first `first_lessons` are *first words*: one scene told as a list and as a telegram. Nearly every word of these
     is a name, a ground or a place, in reading order, so that names and places bind early; among longer captions they
     stay unlearned for long, because most of what can be gained at first lies elsewhere.
 
-    After them there are three kinds. Most are one scene with a caption in some style (nearly always with its cue) or a
-    question about one fact. Some are documents: 2 to 4 scenes told in one style, which mostly nothing
-    names but the first captions themselves. And some give two things invented names and ask for them again: what they
-    are called can only be looked up in the examples.
+    After them there are three kinds. Most are one scene, with captions (nearly always with the cue of their style) or
+    questions about one fact. Some are documents: 2 to 8 scenes told in one style, which mostly nothing names but the
+    first captions themselves. And some give two things invented names and ask for them again: what they are called can
+    only be looked up in the examples.
     """
 
     LAYOUTS = (1, 3, 2, 2, 2)  # weights: whether two things are the same is learned last, one thing alone first
-    FIRST_STYLES = ("list", "list", "telegram")
-    DOCUMENTS, NAMINGS, QUESTIONS = 0.15, 0.03, 0.12  # shares
+    DOCUMENTS, NAMINGS = 0.15, 0.03  # shares of the examples
+    DOCUMENT_LENGTHS = (2, 2, 3, 3, 4, 4, 8)  # scenes; drawn from
+    QUESTIONS = 0.15  # share of the texts about one scene
 
     skipped: tuple[str, ...] = ()  # nothing is ever broken here
 
@@ -35,9 +40,9 @@ class ClassroomScenes(Dataset):
         return self.size
 
     def length(self, index: int) -> int:
-        """Words of the longest text, in steps of 32: documents keep to themselves, but all styles and layouts share a
-        batch. (Batches of one layout each, as exact lengths would make them, pull the weights to and fro.)"""
-        return max(sum(len(f"{c.prompt} {c.caption}".split()) for c in text) for text in self._plan(index)[1]) // 32
+        """Pictures of its texts: documents keep to themselves, but all styles and layouts share a batch. (Batches of
+        equally many words would each be of one layout and one style, and pull the weights to and fro.)"""
+        return len(self._plan(index)[0])
 
     def __getitem__(self, index: int) -> Example:
         told, texts = self._plan(index)
@@ -46,29 +51,32 @@ class ClassroomScenes(Dataset):
     def _plan(self, index: int) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
         """The scenes of an example and the texts about them."""
         rng = random.Random(f"example {self.seed} {self.split} {index}")
-        layouts = iter(rng.choices(scenes.LAYOUTS, self.LAYOUTS, k=4))
 
-        def scene() -> scenes.Scene:
-            return scenes.make_scene(self.seed, self.split, rng.randrange(2**40), layout=next(layouts))
+        def scenes_of(count: int) -> list[scenes.Scene]:
+            layouts = rng.choices(scenes.LAYOUTS, self.LAYOUTS, k=count)
+            return [scenes.make_scene(self.seed, self.split, rng.randrange(2**40), layout=each) for each in layouts]
 
         if index < self.first_lessons:
-            told = scene()
-            style = rng.choice(self.FIRST_STYLES)
-            return [told], [[Chunk(0, scenes.CUES[style], told.caption(style))]]
+            told = scenes_of(1)
+            return told, [tell(told, style, with_cue=True) for style in FIRST_STYLES]
         kind = rng.random()
         if kind < self.NAMINGS:
             return naming(rng, self.split)
-        if kind < self.NAMINGS + self.DOCUMENTS:
-            told = [scene() for _ in range(rng.randint(2, 4))]
-            style = rng.choice(scenes.STYLES)
-            cue = scenes.CUES[style] if rng.random() < 0.2 else ""
-            return told, [[Chunk(k, cue, each.caption(style)) for k, each in enumerate(told)]]
-        told = scene()
-        if kind > 1 - self.QUESTIONS:
-            return [told], [[question_chunk(told, rng)]]
-        style = rng.choice(scenes.STYLES)
-        cue = scenes.CUES[style] if rng.random() < 0.9 else ""
-        return [told], [[Chunk(0, cue, told.caption(style))]]
+        document = kind < self.NAMINGS + self.DOCUMENTS
+        told = scenes_of(rng.choice(self.DOCUMENT_LENGTHS) if document else 1)
+        texts = []
+        for style in rng.sample(scenes.STYLES, 2):
+            if not document and rng.random() < self.QUESTIONS:
+                texts.append([question_chunk(told[0], rng)])
+            else:
+                texts.append(tell(told, style, with_cue=rng.random() < (0.2 if document else 0.9)))
+        return told, texts
+
+
+def tell(told: list[scenes.Scene], style: str, with_cue: bool) -> list[Chunk]:
+    """One text about the scenes, in one style throughout."""
+    cue = scenes.CUES[style] if with_cue else ""
+    return [Chunk(k, cue, scene.caption(style)) for k, scene in enumerate(told)]
 
 
 def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:

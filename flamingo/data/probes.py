@@ -70,6 +70,19 @@ def probe_left_half(clip, to_pixels, names: dict[str, int], pictures: int = 3 * 
     return linear_probe(*pairs("train", pictures), *pairs("test", pictures // 3), len(names))
 
 
+def probe_arrangement(clip, to_pixels, arrangement, kinds: int, pictures: int = PICTURES) -> float:
+    """How the scene is arranged (one thing, two alike, two in a row, …), read linearly off any single patch token;
+    scenes with object pairs never seen together."""
+
+    def seen(split: str, count: int) -> tuple[Tensor, Tensor]:
+        told = _told(split, count, scenes.LAYOUTS)
+        tokens = _tokens(clip, to_pixels, told)[:, ::7]  # every seventh patch: one from each line and column
+        kind = torch.tensor([arrangement(scene) for scene in told])  # (N,)
+        return tokens.flatten(0, 1), kind.repeat_interleave(tokens.shape[1])
+
+    return linear_probe(*seen("train", pictures), *seen("test", pictures // 3), kinds)
+
+
 @torch.no_grad()
 def retrieval(clip, tokenizer, to_pixels) -> dict[str, float]:
     """Right caption first among 512 of held-out scenes, and right picture first for a caption."""

@@ -1,0 +1,110 @@
+"""What a step of the default run, `python train.py`, spends its time on.
+
+    python -m benchmarks.classroom [--json FILE]
+
+The same model, batches and optimizer; each part of a step timed alone, over batches of every kind the run has.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+from benchmarks.timing import Spread, seconds
+from flamingo.build import build_flamingo
+from flamingo.config import FlamingoConfig
+from flamingo.data.batches import Collate, batches
+from flamingo.data.sources import training_sets
+from flamingo.figures import plt
+from flamingo.options import model_settings, parse_training_options
+from flamingo.training import autocast, bf16_pays, hold_frozen_in_bf16, make_optimizer, tune
+
+PARTS = {
+    "data": "draw the scenes, tell them, make the batch", "encode": "frozen vision encoder",
+    "forward": "resampler, cross-attention, language model", "backward": "gradients of what trains",
+    "update": "clip the gradient, AdamW",
+}  # fmt: skip
+
+
+def measure(args) -> dict:
+    torch.manual_seed(0)
+    tune(args.device)
+    options = parse_training_options([])
+    model, processor = build_flamingo(FlamingoConfig(**model_settings(options)))
+    model.to(args.device).train()
+    examples, _ = training_sets(options)
+    examples.first_lessons = 0  # the shorter texts of the beginning
+    steps = 3 if args.quick else 16 * args.rounds
+    stream = iter(
+        batches(
+            examples, Collate(processor, options.max_tokens), batch_size=options.batch_size, steps=steps + 1, seed=0
+        )
+    )
+    batch = next(stream).to(args.device)
+    dtype = "bfloat16" if bf16_pays(model, batch, args.device) else "float32"
+    if dtype == "bfloat16":
+        hold_frozen_in_bf16(model)
+    optimizer = make_optimizer(model, options)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    times: dict[str, list[float]] = {part: [] for part in PARTS}
+    made: dict = {}  # what one part hands to the next
+
+    def timed(part: str, work: Callable[[], object]) -> None:
+        times[part].append(seconds(lambda: made.__setitem__(part, work()), args.device))
+
+    def encode():
+        with torch.no_grad(), autocast(args.device, dtype):
+            return model.encode_images(made["data"].pixel_values)
+
+    def forward():
+        texts = {name: value for name, value in made["data"].inputs().items() if name != "pixel_values"}
+        with autocast(args.device, dtype):
+            return model(**texts, features=made["encode"]).loss
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    captions = 0
+    for _ in range(steps):
+        timed("data", lambda: next(stream).to(args.device))
+        timed("encode", encode)
+        timed("forward", forward)
+        timed("backward", lambda: made["forward"].backward())
+        timed("update", update)
+        captions += len(made["data"].input_ids)
+    total = sum(map(sum, times.values()))
+    return {
+        "dtype": dtype, "captions_per_second": captions / total, "seconds_per_step": total / steps,
+        "share": {part: sum(spent) / total for part, spent in times.items()},
+        "seconds": {part: Spread.of(spent).to_dict() for part, spent in times.items()},
+    }  # fmt: skip
+
+
+def draw(result: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    axes.barh(
+        [f"{part}: {what}" for part, what in PARTS.items()], result["share"].values(), color=report.COLORS["ours"]
+    )
+    axes.invert_yaxis()
+    axes.set(xlabel="share of the time of a step")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, facecolor="white", format="png")
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    args = report.parse("classroom", __doc__.splitlines()[0], argv)
+    result = measure(args)
+    rows = [(part, PARTS[part], 1000 * spread["median"], f"{result['share'][part]:.0%}")
+            for part, spread in result["seconds"].items()]  # fmt: skip
+    report.print_table(["", "", "median ms", "share"], rows)
+    print(f"{result['captions_per_second']:.0f} captions a second in {result['dtype']}")
+    report.finish(args, result, draw)
+
+
+if __name__ == "__main__":
+    report.command("classroom", main, sys.argv[1:])
