@@ -6,6 +6,7 @@ from torch.utils.data import Dataset
 
 from flamingo.data import scenes
 from flamingo.data.batches import Example
+from flamingo.data.questions import question_prompt
 from flamingo.processor import Chunk
 
 
@@ -74,7 +75,7 @@ class ClassroomScenes(Dataset):
 def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:
     """One question about the scene, as the prompt, and its answer."""
     question, answer = rng.choice(scene.questions())
-    return Chunk(0, f"Question: {question} Answer:", answer)
+    return Chunk(0, question_prompt(question), answer)
 
 
 def naming(rng: random.Random, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
