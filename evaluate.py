@@ -2,7 +2,7 @@
 
     python evaluate.py runs/classroom                     writes evaluation.json and report.html into the run folder
     python evaluate.py runs/classroom --shots 0 4         few-shot prompts with no and four examples
-    python evaluate.py runs/photos --data my_pictures --split test
+    python evaluate.py runs/photos --data my_pictures --split test       also its questions or classes, if it has any
 
 Every score stands beside its controls (flamingo/evaluation/controls.py); few-shot prompts are explained in
 flamingo/evaluation/few_shot.py, the keys of evaluation.json in flamingo/evaluation/examine.py. A stopped evaluation
@@ -27,6 +27,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data", default=None, help="score on this captioned set instead of the run's own")
     add("--image-column", default=None, help="its picture column, if it cannot be found")
     add("--caption-columns", default=None, help="its caption columns, comma separated, if they cannot be found")
+    for what in ("question", "answer", "label"):
+        add(f"--{what}-column", default=None, help=f"its column of {what}s, if it cannot be found")
     add("--split", default=None, help="which split of it (default: test, or validation if there is no test split)")
     add("--shots", type=int, nargs="*", default=None, metavar="K",
         help="numbers of examples in few-shot prompts; no number: leave few-shot out (default: 0 1 2 4 8 in the "
@@ -60,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     import time
 
     from flamingo.checkpoint import WEIGHTS, load_model, write_json
+    from flamingo.data.questions import AnswerColumns
     from flamingo.data.sources import uses_classroom
     from flamingo.evaluation.answers import Answerer
     from flamingo.evaluation.exam import captioned_exam, classroom_exam
@@ -83,10 +86,13 @@ def main(args: argparse.Namespace) -> None:
     if summary["dtype"] == "bfloat16":
         hold_frozen_in_bf16(model, trained=True)
 
+    columns = AnswerColumns(args.question_column, args.answer_column, args.label_column)
     if uses_classroom(options):
+        if columns != AnswerColumns():
+            raise InputError("--question-column, --answer-column and --label-column belong to --data: name the set")
         exam = classroom_exam(args.split, args.n, args.seed)
     else:
-        exam = captioned_exam(options, args.split, args.n, args.seed)
+        exam = captioned_exam(options, args.split, args.n, args.seed, columns)
     answerer = Answerer(model, processor, summary["dtype"])
     todo = plan(exam, answerer, args)  # mistakes are found here, before anything is run
     weights = (args.run / WEIGHTS).stat()

@@ -13,6 +13,7 @@ from flamingo.modeling import Flamingo
 from flamingo.processor import Chunk, FlamingoProcessor, pad_image_index
 
 NEW_TOKENS = 32  # longest caption, in tokens
+CANDIDATES = 640  # answers scored at a time, over all texts: the logits of each need memory
 
 
 @torch.no_grad()
@@ -116,21 +117,25 @@ def score_answers(
     texts: Sequence[Sequence[Chunk]],
     answers: Sequence[str],
     *,
+    blind: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> Tensor:
     """The log-likelihood of each of K answers, with its <|endofchunk|>, at the end of each of B texts: (B, K), nats.
 
-    The end counts: without it "a fire" would always be at least as likely as "a fireplace".
+    The end counts: without it "a fire" would always be at least as likely as "a fireplace". blind: take the pictures
+    away (a control).
     """
     begin = len(processor.begin_ids) + 1  # and <image>: what follows is the answer as the model is trained to say it
     ids = [processor.encode_chunks([Chunk(0, "", text)])[0][begin:] for text in answers]
 
     def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> Tensor:
         with autocast():
-            return model.score_sequences(input_ids, ids, attention_mask, **pictures).float().cpu()
+            shown = {"blind": True} if blind else pictures
+            return model.score_sequences(input_ids, ids, attention_mask, **shown).float().cpu()
 
+    batch_size = max(1, min(batch_size, CANDIDATES // len(answers)))
     return torch.stack(_in_batches(processor, latents, texts, batch_size, progress, answer))
 
 

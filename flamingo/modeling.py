@@ -249,6 +249,7 @@ class VisionLanguageModel(nn.Module):
         latents: Tensor | None = None,
         image_index: Tensor | None = None,
         media_locations: Tensor | None = None,
+        blind: bool = False,
         mean: bool = False,
     ) -> Tensor:
         """Log-likelihood of each candidate as the continuation of each text: (B, K) in nats.
@@ -258,9 +259,10 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             input_ids, attention_mask: (B, T_txt) prompts. candidates: K lists of token ids, the same for each text.
+            blind: see `prepare_images`.
             mean: per token instead of the sum, so that long candidates are not at a disadvantage.
         """
-        latents, image_index = self.prepare_images(pixel_values, features, latents, image_index)
+        latents, image_index = self.prepare_images(pixel_values, features, latents, image_index, blind)
         texts, count = len(input_ids), len(candidates)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         length = max(map(len, candidates))

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flamingo.data.batches import Example
+from flamingo.data.questions import AnswerColumns, with_captions_from_labels
 from flamingo.errors import InputError
 from flamingo.preprocess import to_rgb
 from flamingo.processor import EOC_TOKEN, MEDIA_TOKEN, Chunk
@@ -160,12 +161,16 @@ class CaptionedPictures(Dataset):
         return self.lengths[index]
 
     def __getitem__(self, index: int) -> Example:
-        pictures = [open_picture(picture) for picture in self._pictures(self.rows[self.kept[index]])]
+        pictures = [open_picture(picture) for picture in self._pictures(self.row(index))]
         return Example(pictures, self.texts(index))
+
+    def row(self, index: int) -> dict:
+        """All that the set says about an example, by column; pictures undecoded."""
+        return self.rows[self.kept[index]]
 
     def texts(self, index: int) -> list[list[Chunk]]:
         """The texts of an example, without its pictures."""
-        row = self.rows[self.kept[index]]
+        row = self.row(index)
         texts = []
         for text in _texts_of_row(row, self.caption_columns)[0]:
             if MEDIA_TOKEN not in text:
@@ -254,17 +259,22 @@ def _as_undecoded_pictures(split, column: str, folder: Path):
 
 
 def load_captions(
-    source: str, *, image_column: str | None = None, caption_columns: str | None = None, seed: int = 0
-) -> dict[str, CaptionedPictures]:
+    source: str, *, image_column: str | None = None, caption_columns: str | None = None, seed: int = 0,
+    answer_columns: AnswerColumns | None = None,
+) -> dict[str, CaptionedPictures]:  # fmt: skip
     """Every split of a captioned set, by name; there is always a `train` and a `validation`.
 
-    A set without validation split lends some of its training pictures, the same ones for the same seed. Raises
+    A set without validation split lends some of its training pictures, the same ones for the same seed.
+    answer_columns: given for an evaluation, where the class names of labelled pictures may stand for captions. Raises
     InputError when the set cannot be found, its columns cannot be told, or most of it is broken.
     """
     data, folder = _read(source)
     splits = {("validation" if name in ("val", "valid", "dev") else name): split for name, split in data.items()}
     if "train" not in splits:
         splits["train"] = next(iter(splits.values()))
+    has_captions = caption_columns or any(map(CAPTION_COLUMN.match, splits["train"].column_names))
+    if answer_columns is not None and not has_captions:
+        splits = {name: with_captions_from_labels(split, source, answer_columns) for name, split in splits.items()}
     image_column, columns = _find_columns(splits["train"], source, image_column, caption_columns)
     sets = {}
     for name, split in splits.items():

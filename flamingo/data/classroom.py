@@ -6,6 +6,7 @@ from torch.utils.data import Dataset
 
 from flamingo.data import scenes
 from flamingo.data.batches import Example
+from flamingo.data.questions import question_prompt
 from flamingo.processor import Chunk
 
 FIRST_STYLES = ("list", "telegram")  # of the first words
@@ -82,7 +83,7 @@ def tell(told: list[scenes.Scene], style: str, with_cue: bool) -> list[Chunk]:
 def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:
     """One question about the scene, as the prompt, and its answer."""
     question, answer = rng.choice(scene.questions())
-    return Chunk(0, f"Question: {question} Answer:", answer)
+    return Chunk(0, question_prompt(question), answer)
 
 
 def naming(rng: random.Random, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:

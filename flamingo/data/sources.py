@@ -4,6 +4,7 @@ from torch.utils.data import Dataset
 
 from flamingo.data.captions import CaptionedPictures, load_captions
 from flamingo.data.classroom import ClassroomScenes
+from flamingo.data.questions import AnswerColumns
 from flamingo.errors import InputError
 from flamingo.options import TrainingOptions
 
@@ -16,11 +17,14 @@ def uses_classroom(options: TrainingOptions) -> bool:
     return options.data is None
 
 
-def captioned_splits(options: TrainingOptions) -> dict[str, CaptionedPictures]:
-    """The splits of the captioned set that was named, by name."""
+def captioned_splits(
+    options: TrainingOptions, answer_columns: AnswerColumns | None = None
+) -> dict[str, CaptionedPictures]:
+    """The splits of the captioned set that was named, by name. answer_columns: see `load_captions`."""
     return load_captions(
-        options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed
-    )
+        options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed,
+        answer_columns=answer_columns,
+    )  # fmt: skip
 
 
 def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:

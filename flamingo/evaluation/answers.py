@@ -58,11 +58,14 @@ class Answerer:
             self.model, self.processor, self.latents, texts, blind=blind, autocast=self.autocast, progress=title
         )
 
-    def choose(self, texts: Sequence[Sequence[Chunk]], answers: Sequence[str], title: str) -> Tensor:
+    def choose(
+        self, texts: Sequence[Sequence[Chunk]], answers: Sequence[str], title: str, *, blind: bool = False
+    ) -> Tensor:
         """Log-likelihood of each answer at the end of each text, (B, K)."""
         return captioning.score_answers(
-            self.model, self.processor, self.latents, texts, answers, autocast=self.autocast, progress=title
-        )
+            self.model, self.processor, self.latents, texts, answers, blind=blind, autocast=self.autocast,
+            progress=title,
+        )  # fmt: skip
 
     def length(self, chunk: Chunk) -> int:
         """Tokens of a finished chunk."""

@@ -13,6 +13,16 @@ from dataclasses import dataclass
 from PIL import Image
 
 from flamingo.data import scenes
+from flamingo.data.captions import CaptionedPictures
+from flamingo.data.questions import (
+    AnswerColumns,
+    Question,
+    class_names,
+    each_name_in_turn,
+    find_answer_columns,
+    labels_of,
+    questions_of_row,
+)
 from flamingo.data.sources import captioned_splits
 from flamingo.errors import InputError
 from flamingo.options import TrainingOptions
@@ -30,7 +40,8 @@ def support_size(n: int) -> int:
 class Item:
     """A picture, what the model is told, the captions that are right, and its group in the table.
 
-    scene: what is drawn, for a classroom picture. style: how its caption is told.
+    scene: what is drawn, for a classroom picture. style: how its caption is told. questions, label: what a captioned
+    set asks about the picture, and its class name.
     """
 
     picture: Image.Image
@@ -39,6 +50,13 @@ class Item:
     group: str
     scene: scenes.Scene | None = None
     style: str = ""
+    questions: Sequence[Question] = ()
+    label: str | None = None
+
+    @property
+    def captioned_by_class(self) -> bool:
+        """Its caption is nothing but its class name."""
+        return self.label is not None and list(self.truths) == [self.label]
 
     def told_as(self, style: str) -> str:
         """A right caption: in a style if we know what is drawn, else the first that people wrote."""
@@ -47,7 +65,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Exam:
-    """Items to score, novel items (none for a captioned set), and support pictures. source: for the report."""
+    """Items to score, novel items (none for a captioned set), and support pictures. source: for the report.
+
+    names: all class names, if a captioned set has labels. left_out: unusable questions about its items; None: it has no
+    columns of questions.
+    """
 
     source: str
     split: str
@@ -55,11 +77,16 @@ class Exam:
     novel: list[Item]
     support: list[Item]
     classroom: bool = False
+    names: Sequence[str] = ()
+    left_out: int | None = None
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when a caption or a prompt of the exam does."""
-        words = [(item.prompt, *item.truths) for item in (*self.items, *self.novel, *self.support)]
-        return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+        """16 hex digits that change when a caption, a prompt, a question or a class of the exam does."""
+        words = [
+            (item.prompt, *item.truths, item.questions, item.label)
+            for item in (*self.items, *self.novel, *self.support)
+        ]
+        return hashlib.sha256(repr((words, self.names)).encode()).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------------- classroom
@@ -105,12 +132,30 @@ def _captions(example) -> list[str]:
     return [chunk.caption for text in example.texts for chunk in text if chunk.picture == 0 and chunk.caption]
 
 
-def captioned_exam(options: TrainingOptions, split: str | None, n: int, seed: int) -> Exam:
+def _items(examples: CaptionedPictures, indices: Sequence[int], columns: AnswerColumns) -> tuple[list[Item], int]:
+    """The items, and how many questions about them cannot be used."""
+    labels = labels_of(examples.rows, columns.label) if columns.label else None
+    items, left_out = [], 0
+    for i in indices:
+        example = examples[i]
+        questions, unusable = questions_of_row(examples.row(i), columns)
+        left_out += unusable
+        label = labels[examples.kept[i]] if labels else None
+        group = str(len(example.pictures))
+        items.append(Item(example.pictures[0], "", _captions(example), group, questions=tuple(questions), label=label))
+    return items, left_out
+
+
+def captioned_exam(
+    options: TrainingOptions, split: str | None, n: int, seed: int, named: AnswerColumns | None = None
+) -> Exam:
     """At most n pictures of a split of the set `options.data`: test, else validation, if none is named.
 
-    Raises InputError for a split that does not exist, fewer than 2 pictures, or a picture nobody captioned.
+    named: columns of questions, answers and labels that cannot be found by name. Labelled pictures come every class in
+    turn. Raises InputError for a split that does not exist, fewer than 2 pictures, or a picture nobody captioned.
     """
-    splits = captioned_splits(options)
+    named = named or AnswerColumns()
+    splits = captioned_splits(options, named)
     chosen = split or ("test" if "test" in splits else "validation")
     if chosen not in splits:
         raise InputError(f"{options.data} has no split {chosen!r}: it has {', '.join(splits)}")
@@ -124,11 +169,17 @@ def captioned_exam(options: TrainingOptions, split: str | None, n: int, seed: in
         raise InputError(
             f"{options.data} has {len(examples)} {chosen} picture: the shuffled control needs at least 2, CIDEr-D too"
         )
-    items = []
-    for i in range(min(n, len(examples))):
-        example = examples[i]
-        items.append(Item(example.pictures[0], "", _captions(example), str(len(example.pictures))))
-    train = splits["train"]
+    train, source = splits["train"], str(options.data)
+    columns = find_answer_columns(examples.rows, source, named)
+    order, names = list(range(len(examples))), []
+    if columns.label:
+        labels = labels_of(examples.rows, columns.label)
+        order = each_name_in_turn([labels[row] for row in examples.kept])
+        names = class_names([examples.rows, train.rows], columns.label)
+    items, left_out = _items(examples, order[:n], columns)
     drawn = random.Random(f"support {seed}").sample(range(len(train)), min(support_size(n), len(train)))
-    support = [Item(train[i].pictures[0], "", _captions(train[i]), "") for i in drawn]
-    return Exam(str(options.data), chosen, items, [], [item for item in support if item.truths])
+    support, _ = _items(train, drawn, columns)
+    return Exam(
+        source, chosen, items, [], [item for item in support if item.truths],
+        names=names, left_out=left_out if columns.question else None,
+    )  # fmt: skip

@@ -14,9 +14,13 @@ shots                   "0", "1", … → exact_match, exact_match_novel (null o
                         with …_spread (standard deviation over trials) and …_interval (95 %, over queries); n,
                         trials; captioned sets also cider_d, cider_d_text_only_demos
 few_shot                how examples were chosen: demos, zero_shot, template, trials, support (how many to draw from)
-questions               classroom: "0", "1", … → exact match of answers, as in shots
+questions               classroom and sets with questions: shots: "0", "1", … → exact match of answers, as in shots.
+                        On sets: n, left_out (no text); matches in VQAv2's form of answers; if several people answered
+                        each question, vqa_accuracy, …_text_only_demos; at 0 shots blind, vqa_accuracy_blind: the
+                        picture taken away
 classification, classification_novel
-                        classroom: the same for "which of these is it?", by likelihood; chance, names
+                        classroom and sets with labels (not novel): the same for "which of these is it?", by
+                        likelihood; chance, names (how many)
 fast_binding            classroom: accuracy, low, high, n, chance; novel: the same for novel objects
 attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no name said)
 attention               chance, n, pictures; examples: {item, word, grid} as shown in the report
@@ -34,10 +38,19 @@ from flamingo.errors import InputError
 from flamingo.evaluation import attention, controls
 from flamingo.evaluation.answers import Answerer
 from flamingo.evaluation.exam import Exam
-from flamingo.evaluation.few_shot import SCORES, FewShot, Task, captioning_task, check_shots, curve, questions_task
+from flamingo.evaluation.few_shot import (
+    FewShot,
+    Task,
+    captioning_task,
+    check_shots,
+    curve,
+    few_shot_columns,
+    questions_task,
+)
 from flamingo.evaluation.metrics import cider_d, exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.ptb import ptb_tokens
+from flamingo.evaluation.questions import answer_results, answers_in_words, classes_of_set, questions_of_set
 from flamingo.evaluation.single_objects import (
     Episode,
     add_single_objects,
@@ -92,14 +105,19 @@ def plan(exam: Exam, answerer: Answerer, args: argparse.Namespace) -> Plan:
     n = min(args.queries, len(exam.items))
     few = [exam, support, args.template]
     tasks = {"captions": captioning_task("captions", exam.items[:n], rows[:n], *few)}
+    fewer = min(n, FEWER)
     if exam.classroom:
-        novel, fewer = min(n, len(exam.novel)), min(n, FEWER)
+        novel = min(n, len(exam.novel))
         tasks["captions_novel"] = captioning_task("captions (novel)", exam.novel[:novel], novel_rows[:novel], *few)
         tasks["questions"] = questions_task(exam.items[:fewer], rows[:fewer], exam, support, args.seed)
         for kind, split in (("", "train"), ("_novel", "novel")):  # one object is no pair: new in every split
             singles = add_single_objects(answerer, split, args.seed, NAMES, SCENES_OF_A_NAME)
             tasks[f"classification{kind}"] = classification_task(f"classification{kind}", singles, fewer)
             result.episodes[f"fast binding{kind}"] = binding_episodes(singles, min(EPISODES, n), args.seed)
+    else:
+        asked = (questions_of_set(exam, rows, support, args.queries, args.seed),
+                 classes_of_set(exam, rows, support, fewer, args.template))  # fmt: skip
+        tasks |= {task.name: task for task in asked if task}
     result.how, result.tasks = _that_fit(how, tasks, answerer, asked=args.shots is not None), tasks
     return result
 
@@ -163,7 +181,7 @@ def few_shot_results(todo: Plan, said: dict[str, list[str]], answerer: Answerer,
         },
     }  # fmt: skip
     if not exam.classroom:
-        return result
+        return result | answer_results(exam, tasks, lambda task: curve(task, how, answerer, parts, blind=True))
     given = {"exact_match_style_given": (said["own"], exam.items, "captions"),
              "exact_match_novel_style_given": (said["novel"], exam.novel, "captions_novel")}  # fmt: skip
     for name, (captions, items, task) in given.items():
@@ -172,7 +190,7 @@ def few_shot_results(todo: Plan, said: dict[str, list[str]], answerer: Answerer,
     result["questions"] = {"shots": curve(tasks["questions"], how, answerer, parts)}
     for name in ("classification", "classification_novel"):
         task = tasks[name]
-        table = curve(task, how, answerer, parts, text_only=False)
+        table = curve(task, how, answerer, parts, text_only=name == "classification")
         result[name] = {"chance": task.chance, "names": len(task.answers), "shots": table}
     result["fast_binding"] = fast_binding(answerer, parts, todo.episodes["fast binding"], "fast binding")
     result["fast_binding"]["novel"] = fast_binding(
@@ -248,18 +266,15 @@ def print_table(result: dict) -> None:
 
 def print_few_shot(result: dict) -> None:
     """One row for each number of shots: mean ± spread over trials."""
-    columns = [(name, result["shots"], name) for name in SCORES]  # title, table, score
-    for name in ("questions", "classification", "classification_novel"):
-        if name in result:
-            columns.append((name, result[name]["shots"], "exact_match"))
-    columns = [column for column in columns if any(row.get(column[2]) is not None for row in column[1].values())]
+    columns = few_shot_columns(result)
     way = result["few_shot"]
     print(f"\nfew-shot: examples {way['demos']}, mean ± spread of {way['trials']} draws; 0 shots: {way['zero_shot']}")
-    titles = [title.replace("_demos", "").replace("classification", "which_one?") for title, _, _ in columns]
-    print("shots" + "".join(f"{title:>20}" for title in titles))
+    print("shots" + "".join(f"{title.removesuffix('_demos'):>24}" for title, _, _ in columns))
     for k in result["shots"]:
         cells = [(table[k][score], table[k][f"{score}_spread"]) for _, table, score in columns]
-        print(f"{k:>5}" + "".join(f"{value:12.3f} ± {spread:.3f}" for value, spread in cells))
+        print(f"{k:>5}" + "".join(f"{value:16.3f} ± {spread:.3f}" for value, spread in cells))
+    if words := answers_in_words(result):
+        print(words)
     if "exact_match_style_given" in result:
         print(
             f"style named by its cue, no example: {result['exact_match_style_given']:.3f}, "

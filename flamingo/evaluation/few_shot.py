@@ -18,7 +18,7 @@ nearest by the vision encoder's pooled features, the most alike last, next to th
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.processor import EOC_TOKEN, Chunk
 
 SCORES = ("exact_match", "exact_match_novel", "text_only_demos", "cider_d", "cider_d_text_only_demos")  # of captions
+TASKS = {"questions": "questions", "classification": "which one?", "classification_novel": "which one? (novel)"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class Query:
     style: str = ""
 
 
+Score = Callable[[Sequence[str], Sequence[Query]], np.ndarray]
+
+
 @dataclass(frozen=True)
 class Task:
     """Queries, and the support pictures (rows of the bank) that `solve` turns into examples for a query.
 
     answers: to choose among (classification), or None to speak freely. chance: of guessing right, if known.
+    own_answers: an answer belongs to its picture alone (captions), so no example may show a right answer of the query.
+    Not so for questions and classification: "a dog" may be the answer twice.
+    scores: name → what scores the answers to the queries, (N,).
     """
 
     name: str
@@ -58,6 +65,8 @@ class Task:
     solve: Callable[[int, Query], Chunk]
     answers: Sequence[str] | None = None
     chance: float | None = None
+    own_answers: bool = False
+    scores: dict[str, Score] = field(default_factory=lambda: {"exact_match": _marks})
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,7 @@ def prompt_text(query: Query, examples: Sequence[Chunk], text_only: bool = False
 
 
 def _gives_away(task: Task, example: Chunk, right: set[str]) -> bool:
-    """No example may be the answer. (Not so for questions and classification: "a dog" may be the answer twice.)"""
-    return task.name.startswith("caption") and normalise(example.caption) in right
+    return task.own_answers and normalise(example.caption) in right
 
 
 def choose_examples(task: Task, most: int, how: FewShot, trial: int, answerer: Answerer) -> list[list[Chunk]]:
@@ -138,34 +146,44 @@ def check_shots(task: Task, how: FewShot, answerer: Answerer) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- the curve
-def curve(task: Task, how: FewShot, answerer: Answerer, parts: Parts, text_only: bool = True) -> dict[str, dict]:
+def curve(
+    task: Task, how: FewShot, answerer: Answerer, parts: Parts, text_only: bool = True, blind: bool = False
+) -> dict[str, dict]:
     """shots ("0", "1", …) → {exact_match, …_spread, …_interval, and the same for text_only_demos}.
 
-    Captions of sets that people wrote also get cider_d and cider_d_text_only_demos. The spread is the standard
-    deviation over trials (0 for a single one, as at 0 shots); the interval is over queries.
+    A task's other scores stand there too, such as cider_d and cider_d_text_only_demos of captions that people wrote.
+    The spread is the standard deviation over trials (0 for a single one, as at 0 shots); the interval is over queries.
+    blind: at 0 shots the query's picture is also taken away (`blind`, …_blind): what the words alone are worth.
     """
-    by_people = task.name.startswith("caption") and not task.queries[0].style
     table: dict[str, dict] = {}
     for shots in how.shots:
         trials = how.trials if shots else 1
-        said = [_answers(task, how, shots, trial, False, answerer, parts) for trial in range(trials)]
-        only_words = said if not shots or not text_only else [
-            _answers(task, how, shots, trial, True, answerer, parts) for trial in range(trials)
-        ]  # fmt: skip
-        row = _summary("exact_match", [_marks(task, answers) for answers in said])
+        said = {"": [_answers(task, how, shots, trial, answerer, parts) for trial in range(trials)]}  # way → trials
         if text_only:
-            row |= _summary("text_only_demos", [_marks(task, answers) for answers in only_words])
-        if by_people:
-            row |= _summary("cider_d", [_cider(task, answers) for answers in said])
-            row |= _summary("cider_d_text_only_demos", [_cider(task, answers) for answers in only_words])
+            said["text_only_demos"] = said[""] if not shots else [
+                _answers(task, how, shots, trial, answerer, parts, text_only=True) for trial in range(trials)
+            ]  # fmt: skip
+        if blind and not shots:
+            said["blind"] = [_answers(task, how, shots, 0, answerer, parts, blind=True)]
+        row: dict = {}
+        for score, marks in task.scores.items():
+            for way, answers in said.items():
+                row |= _summary(score_name(score, way), [marks(trial, task.queries) for trial in answers])
         table[str(shots)] = row | {"n": len(task.queries), "trials": trials}
     return table
 
 
+def score_name(score: str, way: str) -> str:
+    """exact_match of text_only_demos is called by the way alone; others are called by both: cider_d_text_only_demos."""
+    return way if way and score == "exact_match" else f"{score}_{way}".rstrip("_")
+
+
 def _answers(
-    task: Task, how: FewShot, shots: int, trial: int, text_only: bool, answerer: Answerer, parts: Parts
-) -> list[str]:
-    title = f"{task.name}, {shots} shots, trial {trial + 1}" + (", texts only" if text_only else "")
+    task: Task, how: FewShot, shots: int, trial: int, answerer: Answerer, parts: Parts,
+    text_only: bool = False, blind: bool = False,
+) -> list[str]:  # fmt: skip
+    way = ", texts only" if text_only else ", blind" if blind else ""
+    title = f"{task.name}, {shots} shots, trial {trial + 1}{way}"
 
     def work() -> list[str]:
         examples, count = choose_examples(task, how.most, how, trial, answerer), how.examples_at(shots)
@@ -174,18 +192,19 @@ def _answers(
             for query, own in zip(task.queries, examples, strict=True)
         ]
         if task.answers is None:
-            return answerer.say(texts, title)
-        return [task.answers[k] for k in answerer.choose(texts, task.answers, title).argmax(dim=1).tolist()]
+            return answerer.say(texts, title, blind=blind)
+        chosen = answerer.choose(texts, task.answers, title, blind=blind).argmax(dim=1)
+        return [task.answers[k] for k in chosen.tolist()]
 
     return parts.keep(title, work)
 
 
-def _marks(task: Task, answers: Sequence[str]) -> np.ndarray:
-    return exact_match(answers, [query.truths for query in task.queries])
+def _marks(answers: Sequence[str], queries: Sequence[Query]) -> np.ndarray:
+    return exact_match(answers, [query.truths for query in queries])
 
 
-def _cider(task: Task, answers: Sequence[str]) -> np.ndarray:
-    references = [[ptb_tokens(text) for text in query.truths] for query in task.queries]
+def _cider(answers: Sequence[str], queries: Sequence[Query]) -> np.ndarray:
+    references = [[ptb_tokens(text) for text in query.truths] for query in queries]
     return cider_d([ptb_tokens(text) for text in answers], references)
 
 
@@ -200,13 +219,27 @@ def _summary(name: str, trials: Sequence[np.ndarray]) -> dict:
     }
 
 
+def few_shot_columns(result: dict) -> list[tuple[str, dict, str]]:
+    """The columns of a few-shot table: (title, rows by shots, which score of them)."""
+    columns = [(name, result["shots"], name) for name in SCORES]
+    for name, title in TASKS.items():
+        if name in result:
+            table = result[name]["shots"]
+            columns += [(title, table, "exact_match"), (f"{title}, VQA accuracy", table, "vqa_accuracy")]
+    return [column for column in columns if any(row.get(column[2]) is not None for row in column[1].values())]
+
+
 # ----------------------------------------------------------------------------------------------------- the tasks
 def captioning_task(name: str, items: Sequence[Item], rows: Sequence[int], exam: Exam, support: Sequence[int],
                     template: str) -> Task:  # fmt: skip
     """Captions. In the classroom nothing but the examples tells the style: the query has no cue."""
     shown = dict(zip(support, exam.support, strict=True))
     queries = [Query(row, template, item.truths, item.style) for row, item in zip(rows, items, strict=True)]
-    return Task(name, queries, support, lambda row, query: Chunk(row, template, shown[row].told_as(query.style)))
+    by_people = {} if exam.classroom else {"cider_d": _cider}
+    return Task(
+        name, queries, support, lambda row, query: Chunk(row, template, shown[row].told_as(query.style)),
+        own_answers=not all(item.captioned_by_class for item in items), scores={"exact_match": _marks} | by_people,
+    )  # fmt: skip
 
 
 def questions_task(items: Sequence[Item], rows: Sequence[int], exam: Exam, support: Sequence[int], seed: int) -> Task:

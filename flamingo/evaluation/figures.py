@@ -88,15 +88,23 @@ def few_shot_figure(result: dict) -> bytes | None:
 
 
 def tasks_figure(result: dict) -> bytes | None:
-    """Questions and classification against the number of examples (classroom only)."""
-    if "questions" not in result:
+    """Questions and classification against the number of examples; None where there is neither."""
+    tables = {name: result.get(name, {}).get("shots") for name in ("questions", "classification")}
+    if not any(tables.values()):
         return None
     figure, axes = _axes("Questions and names", "right answers")
-    _line(axes, result["questions"]["shots"], "exact_match", "questions", COLORS["with"])
-    _line(axes, result["questions"]["shots"], "text_only_demos", "questions, examples' texts only", WORDS_ONLY, "s--")
-    _line(axes, result["classification"]["shots"], "exact_match", "which object is it?", "#30639f", "d-")
-    _line(axes, result["classification_novel"]["shots"], "exact_match", "which novel object is it?", NOVEL, "^-")
-    axes.axhline(result["classification"]["chance"], color=LIMIT, lw=1, ls=":", label="guessing which object")
+    if table := tables["questions"]:
+        by_people = "vqa_accuracy" in next(iter(table.values()))
+        score, words = ("vqa_accuracy", "vqa_accuracy_text_only_demos") if by_people else (
+            "exact_match", "text_only_demos")  # fmt: skip
+        _line(axes, table, score, "questions (VQA accuracy)" if by_people else "questions", COLORS["with"])
+        _line(axes, table, words, "questions, examples' texts only", WORDS_ONLY, "s--")
+    if table := tables["classification"]:
+        _line(axes, table, "exact_match", "which one is it?", "#30639f", "d-")
+        _line(axes, table, "text_only_demos", "which one, examples' texts only", "#30639f", "d:")
+        axes.axhline(result["classification"]["chance"], color=LIMIT, lw=1, ls=":", label="guessing which one")
+    if "classification_novel" in result:
+        _line(axes, result["classification_novel"]["shots"], "exact_match", "which novel object is it?", NOVEL, "^-")
     axes.set(xlabel="examples in the prompt (shots)", ylim=(0, 1.05))
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     return png(figure)

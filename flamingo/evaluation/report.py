@@ -15,7 +15,8 @@ from flamingo.checkpoint import write_atomically
 from flamingo.data import scenes
 from flamingo.evaluation import figures
 from flamingo.evaluation.exam import Exam
-from flamingo.evaluation.few_shot import SCORES
+from flamingo.evaluation.few_shot import few_shot_columns
+from flamingo.evaluation.questions import answers_in_words
 
 FILE = "report.html"
 GALLERY = 24  # pictures of each kind
@@ -154,16 +155,16 @@ def _few_shot(result: dict) -> str:
     if not result["shots"]:
         return ""
     way = result["few_shot"]
-    columns = [name for name in SCORES if any(row.get(name) is not None for row in result["shots"].values())]
+    columns = few_shot_columns(result)
     rows = [
-        [k, *(f"{row[name]:.3f} ± {row[name + '_spread']:.3f}" for name in columns)]
-        for k, row in result["shots"].items()
+        [k, *(f"{table[k][score]:.3f} ± {table[k][score + '_spread']:.3f}" for _, table, score in columns)]
+        for k in result["shots"]
     ]
     chosen = "at random" if way["demos"] == "random" else "the most similar (RICES)"
     zero = "no example" if way["zero_shot"] == "bare" else "two examples without pictures"
     text = (
         f"Examples: {chosen}, from {way['support']} pictures of the training split; ± is the spread over "
-        f"{way['trials']} draws. 0 shots: {zero}. Template: {way['template'] or 'none'}."
+        f"{way['trials']} draws. 0 shots: {zero}. Template: {way['template'] or 'none'}. " + answers_in_words(result)
     )
     if "exact_match_style_given" in result:
         bound = result["fast_binding"]
@@ -179,7 +180,7 @@ def _few_shot(result: dict) -> str:
         (figures.binding_figure(result), "Fast binding: two examples name two things, the third picture shows one."),
     ]
     shown = "".join(_figure(picture, caption) for picture, caption in drawn)
-    head = ["shots", *(name.replace("_", " ") for name in columns)]
+    head = ["shots", *(title.replace("_", " ") for title, _, _ in columns)]
     return f'<h2>Few-shot</h2><p>{escape(text)}</p>{_table(head, rows)}<div class="figures">{shown}</div>'
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flamingo.data import scenes
+from flamingo.data.questions import question_prompt
 from flamingo.evaluation.answers import Answerer
 from flamingo.evaluation.few_shot import Query, Task
 from flamingo.evaluation.metrics import bootstrap_interval
@@ -52,7 +53,7 @@ def classification_task(name: str, singles: Singles, n: int) -> Task:
     def ask(row: int, scene: scenes.Scene) -> Chunk:
         answer = scenes.with_article(scene.names[0])
         question = next(question for question, right in scene.questions() if right == answer)
-        return Chunk(row, f"Question: {question} Answer:", answer)
+        return Chunk(row, question_prompt(question), answer)
 
     support = {row: scene for pairs in singles.values() for row, scene in pairs[:EXAMPLES]}
     turns = zip(
