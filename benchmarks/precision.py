@@ -2,9 +2,9 @@
 
     python -m benchmarks.precision [--json FILE]
 
-Ours alone, at the shapes of the other benchmarks and as train.py trains: gates closed at first, features cached, weights
-that train in float32, products under autocast, frozen matrices held in bfloat16. A few captions of random words are read
-again and again, so that there is something to learn.
+Ours alone, at the shapes of the other benchmarks and as train.py trains: gates closed at first, features cached,
+weights that train in float32, products under autocast, frozen matrices held in bfloat16. A few captions of random words
+are read again and again, so that there is something to learn.
 """
 
 import copy

@@ -152,8 +152,8 @@ class MaskedCrossAttention(nn.Module):
         return self.to_out(out).masked_fill(~sight.sees_image, 0.0)
 
     def _ask_together(self, x: Tensor, keys_values: tuple[Tensor, Tensor], each: int) -> Tensor:
-        """The same where the `each` texts of a picture stand side by side: their tokens are the queries of one attention,
-        (N, h, each·T_txt, c) to (N, h, n, c), and no text needs a copy of its picture's keys."""
+        """The same where the `each` texts of a picture stand side by side: their tokens are the queries of one
+        attention, (N, h, each·T_txt, c) to (N, h, n, c), and no text needs a copy of its picture's keys."""
         q = rearrange(self.to_q(self.norm(x)), "(N K) t (h c) -> N h (K t) c", h=self.heads, K=each)
         out = F.scaled_dot_product_attention(q, *keys_values)
         return rearrange(out, "N h (K t) c -> (N K) t (h c)", K=each)

@@ -99,9 +99,9 @@ def use_tf32() -> None:
 def hold_frozen_in_bf16(model: Flamingo, *, trained: bool = False) -> None:
     """Convert what is frozen to bfloat16, once: half the memory, and autocast has nothing to convert at every product.
 
-    The vision encoder as a whole, and the language model's matrices; with the latter all stays the same, bit for bit, as
-    what autocast computes. trained: those that train as well, for a model that only generates from now on; an
-    optimizer needs them in float32.
+    The vision encoder as a whole, and the language model's matrices; converting these changes no bit of what autocast
+    computes. trained: those that train as well, for a model that only generates from now on; an optimizer needs
+    them in float32.
     """
     model.vision_encoder.to(torch.bfloat16)
     for module in list(model.modules()):

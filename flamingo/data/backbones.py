@@ -10,9 +10,9 @@ What this file teaches: where the "frozen backbones" of a Flamingo come from, at
 2. A CLIP: pictures and captions meet in one space (the contrastive loss of Radford et al. 2021). A contrastive
    loss on whole captions does not need to know *where* things are, and its patch tokens then do not say. So four
    dense terms ask every patch token what it shows, where it stands, where in the picture there is something at all, and
-   how the scene is arranged. Without the second the tokens lose their places, and a Flamingo on top sees a bag of objects;
-   without the last two no patch compares itself with others, and "two tomatoes" looks like "a tomato and a bus". *What*
-   is asked in the language model's own word vectors (as in
+   how the scene is arranged. Without the second the tokens lose their places, and a Flamingo on top sees a bag of
+   objects; without the last two no patch compares itself with others, and "two tomatoes" looks like "a tomato and a
+   bus". *What* is asked in the language model's own word vectors (as in
    DeViSE, Frome et al. 2013): then one map, the same for all objects, turns what a patch shows into the word for it,
    and a Flamingo that learns it on some objects has learned it for the others. Most of it is taught on crowded
    scenes: nine objects for the price of one picture.
@@ -218,7 +218,7 @@ def arrangement(scene: scenes.Scene) -> int:
 
 
 def contrastive_loss(clip, tokenizer, image: Tensor, told: list[scenes.Scene], rng: random.Random) -> Tensor:
-    """Each picture (N, E) against the captions of all, and each caption, in a style of its own, against all pictures."""
+    """Each picture (N, E) against the captions of all, and each caption, in a style of its own, against all."""
     captions = [f" {scene.caption(rng.choice(scenes.STYLES))}" for scene in told]
     text = F.normalize(encode_text(clip, tokenizer(captions).to(image.device)).float(), dim=-1)
     logits = clip.logit_scale.exp() * F.normalize(image.float(), dim=-1) @ text.T  # (N, N)
