@@ -104,16 +104,6 @@ def classroom_items(split: str, n: int, seed: int) -> list[Item]:
     return items
 
 
-def single_objects(split: str, seed: int, look_at: int) -> dict[str, list[scenes.Scene]]:
-    """Scenes of one object by its name, among the first `look_at` of a split."""
-    found: dict[str, list[scenes.Scene]] = {}
-    for i in range(look_at):
-        scene = scenes.make_scene(seed, split, i)
-        if scene.layout == "one":
-            found.setdefault(scene.names[0], []).append(scene)
-    return found
-
-
 def classroom_exam(split: str | None, n: int, seed: int) -> Exam:
     """Raises InputError for a split the classroom has not got."""
     split = split or "test"
@@ -176,8 +166,14 @@ def captioned_exam(
         labels = labels_of(examples.rows, columns.label)
         order = each_name_in_turn([labels[row] for row in examples.kept])
         names = class_names([examples.rows, train.rows], columns.label)
-    items, left_out = _items(examples, order[:n], columns)
-    drawn = random.Random(f"support {seed}").sample(range(len(train)), min(support_size(n), len(train)))
+    # A set of one split is its own training split, and so is --split train: half of it is asked about, the other half
+    # gives the examples.
+    shared = set(examples.kept) & set(train.kept) if train.fingerprint == examples.fingerprint else set()
+    chosen_items = order[: min(n, max(2, len(examples) // 2))] if shared else order[:n]
+    asked = {examples.kept[i] for i in chosen_items} if shared else set()
+    others = [i for i in range(len(train)) if train.kept[i] not in asked]
+    items, left_out = _items(examples, chosen_items, columns)
+    drawn = random.Random(f"support {seed}").sample(others, min(support_size(n), len(others)))
     support, _ = _items(train, drawn, columns)
     return Exam(
         source, chosen, items, [], [item for item in support if item.truths],
