@@ -415,7 +415,9 @@ class Page(HTMLParser):
 def test_the_report_stands_alone_and_escapes_what_people_wrote(result, exam):
     nasty = "<script>alert(1)</script> & $x$"
     examples = [dict(result["examples"][0], said=nasty), *result["examples"][1:]]
-    text = report_page("run", exam, result | {"examples": examples})
+    looked = {"item": 0, "word": "dog", "grid": [[0.1] * 6] * 6}  # an untrained model may not have said one word
+    attention = result["attention"] | {"examples": [looked]}
+    text = report_page("run", exam, result | {"examples": examples, "attention": attention})
     page = Page(text)
     assert "script" not in page.tags and "link" not in page.tags and "&lt;script&gt;" in text
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)

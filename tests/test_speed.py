@@ -67,7 +67,7 @@ def test_the_frozen_encoder_is_bf16_throughout_when_it_is_held_so(texts, picture
         training.hold_frozen_in_bf16(model)
         low = model.encode_images(pictures.flatten(0, 1))
     assert low.dtype == torch.bfloat16 and {p.dtype for p in model.vision_encoder.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(low.float(), exact, atol=0.1, rel=0.05)
+    torch.testing.assert_close(low.float(), exact, atol=0.1, rtol=0.05)
 
 
 def test_plain_attention_computes_the_same(texts, pictures):
@@ -81,7 +81,7 @@ def test_plain_attention_computes_the_same(texts, pictures):
         torch.backends.cuda.enable_flash_sdp(flash)
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, atol=1e-6, rel=1e-3)
+        torch.testing.assert_close(others[name], gradient, atol=1e-6, rtol=1e-3)
 
 
 def test_captions_of_a_picture_ask_together_what_they_ask_apart(texts, pictures):
