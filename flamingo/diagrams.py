@@ -1,11 +1,12 @@
 """The diagrams of README and the notebooks, drawn from the model itself.
 
-    python -m flamingo.diagrams            writes assets/architecture.svg, who_sees_what.svg and flamingo_layer.svg
+    python -m flamingo.diagrams            writes the five .svg files of assets/
 
 What this file teaches: a diagram need not be believed when it is made by the code it explains. The shapes are read off
 a live model by forward hooks, the mask is what `who_sees_what` returns. So a diagram cannot grow old unnoticed.
 
-The functions at the end draw the small pictures of the notebooks.
+Here are the whole model, one layer and the mask; `picture_diagrams.py` draws the pictures' way to the latents, and
+`drawing.py` has what all are drawn with. The functions at the end draw the small pictures of the notebooks.
 """
 
 import itertools
@@ -15,102 +16,25 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
-from flamingo.checkpoint import write_atomically
 from flamingo.cross_attention import who_sees_what
+from flamingo.drawing import (
+    DATA,
+    FROZEN,
+    PICTURE_COLORS,
+    SOFT,
+    TRAINED,
+    WORDS,
+    Card,
+    classroom_model,
+    observed_shapes,
+    shape,
+)
 from flamingo.figures import plt
-
-INK, SOFT = "#24292f", "#6b7280"  # text and arrows, less important text
-FROZEN, TRAINED, DATA = ("#e4e9f2", "#8b9ab5"), ("#ffe3c2", "#e08b2c"), ("#ffffff", "#9aa1ab")  # fill, edge
-PICTURE_COLORS = ("#1b7f79", "#c2571a", "#7a5ea8")  # of the first, second and third picture of a text
-WORDS = "<image>"
-
-
-# --------------------------------------------------------------------------------------------- what is drawn with
-class Card:
-    """A white card with round corners, so that it reads on light and dark pages. Coordinates are pixels at 800 wide,
-    from the lower left corner."""
-
-    def __init__(self, width: int, height: int):
-        # 72 points an inch: a point of the font is a pixel of the card.
-        self.figure = plt.figure(figsize=(width / 72, height / 72))
-        self.axes = self.figure.add_axes((0, 0, 1, 1))
-        self.axes.set(xlim=(0, width), ylim=(0, height))
-        self.axes.axis("off")
-        self._patch(2, 2, width - 4, height - 4, ("white", "#d0d7de"), rounding=12, zorder=-1)
-
-    def _patch(self, x, y, w, h, colors, rounding=6.0, zorder=1):
-        style = f"round,pad=0,rounding_size={rounding}"
-        self.axes.add_patch(plt.matplotlib.patches.FancyBboxPatch(
-            (x, y), w, h, boxstyle=style, fc=colors[0], ec=colors[1], lw=1.2, zorder=zorder))  # fmt: skip
-
-    def box(self, x: float, y: float, w: float, h: float, text: str, colors=DATA, size: float = 13) -> None:
-        self._patch(x, y, w, h, colors)
-        self.text(x + w / 2, y + h / 2, text, size)
-
-    def text(self, x: float, y: float, text: str, size: float = 12, color: str = INK, **how) -> None:
-        how = {"ha": "center", "va": "center", "zorder": 3, "linespacing": 1.35} | how
-        self.axes.text(x, y, text, fontsize=size, color=color, **how)
-
-    def arrow(self, *points: tuple[float, float], color: str = INK, head: bool = True) -> None:
-        """Along the points, with a head at the last."""
-        for a, b in itertools.pairwise(points[: None if not head else -1]):
-            self.axes.plot([a[0], b[0]], [a[1], b[1]], color=color, lw=1.4, zorder=2, solid_capstyle="butt")
-        if head:
-            style = {"arrowstyle": "-|>", "color": color, "lw": 1.4, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
-            self.axes.annotate("", points[-1], points[-2], arrowprops=style, zorder=2)
-
-    def picture(self, x: float, y: float, side: float, picture: Image.Image) -> None:
-        self.axes.imshow(picture, extent=(x, x + side, y, y + side), zorder=2, aspect="auto")
-
-    def save(self, path: Path) -> None:
-        # Text as outlines looks the same everywhere; no date and fixed names: the same drawing is the same file.
-        with plt.rc_context({"svg.hashsalt": "flamingo", "svg.fonttype": "path"}):
-            options = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Title": path.stem}}
-            write_atomically(path, lambda temporary: self.figure.savefig(temporary, **options))
-        plt.close(self.figure)
-
-
-def shape(value) -> str:
-    """`(2, 16, 192)` of a tensor."""
-    return str(tuple(value.shape))
-
-
-def observed_shapes(model: nn.Module, run, **modules: nn.Module) -> dict[str, str]:
-    """What goes out of each named module while `run()` runs, as text."""
-    seen: dict[str, str] = {}
-
-    def hook(name: str):
-        def note(module: nn.Module, inputs: tuple, out) -> None:
-            seen[name] = shape(out[0] if isinstance(out, tuple) else out)
-
-        return note
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 # ------------------------------------------------------------------------------------------------ the architecture
-def classroom_model():
-    """A fresh model of the classroom preset, its processor, and a scene to look at."""
-    from flamingo.build import build_flamingo
-    from flamingo.config import FlamingoConfig
-    from flamingo.data.scenes import make_scene
-    from flamingo.options import PRESETS
-
-    torch.manual_seed(0)
-    model, processor = build_flamingo(FlamingoConfig(**PRESETS["classroom"]["model"]))
-    row = next(scene for i in itertools.count() if (scene := make_scene(0, "test", i)).layout == "row")
-    return model, processor, row
-
-
 def architecture(path: Path) -> None:
     """The whole model, bottom to top as in the paper's figure 3, with the shapes of one picture and one text."""
     model, processor, scene = classroom_model()
@@ -195,8 +119,7 @@ def flamingo_layer(path: Path) -> None:
         card.arrow((centre, y + 52), (centre, y + 86))
         card.box(x + 35, y + 86, w - 70, 30, f"× tanh({gate})", ("#fff3c4", "#c99a06"), 14)
         card.arrow((centre, y + 116), (centre, y + 140), (plus - 11, y + 140))
-        card.axes.add_patch(plt.Circle((plus, y + 140), 11, fc="white", ec=INK, lw=1.4, zorder=3))
-        card.text(plus, y + 140, "+", 15, zorder=4)
+        card.plus(plus, y + 140)
 
     branch(82, "masked cross-attention", "attn_gate", f"queries {seen['q']}")
     branch(272, "feed-forward", "ff_gate", f"widened to {seen['wide']}")
@@ -227,9 +150,10 @@ def mask_panel(
     sees = sight.sees_image[0].expand(-1, count) if sight.mask is None else sight.mask[0]  # (T_txt, T_img)
     for t, word in enumerate(words):
         for k in range(count):
-            color = PICTURE_COLORS[k % 3] if sees[t, k] else "#f3f4f6"
+            color = PICTURE_COLORS[k % len(PICTURE_COLORS)] if sees[t, k] else "#f3f4f6"
             axes.add_patch(plt.Rectangle((t + 0.04, count - 1 - k + 0.06), 0.92, 0.88, fc=color, ec="none"))
-        color = PICTURE_COLORS[int(media[0, : t + 1].sum() - 1) % 3] if sight.sees_image[0, t] else SOFT
+        latest = int(media[0, : t + 1].sum()) - 1
+        color = PICTURE_COLORS[latest % len(PICTURE_COLORS)] if sight.sees_image[0, t] else SOFT
         axes.text(t + 0.5, count + 0.16, word, ha="center", va="bottom", fontsize=size, color=color)
     for k in range(count):
         if pictures:
@@ -308,7 +232,12 @@ def show_maps(
 
 if __name__ == "__main__":
     from flamingo.options import asset
+    from flamingo.picture_diagrams import bank, resampler
 
-    for draw, name in ((architecture, "architecture"), (masks, "who_sees_what"), (flamingo_layer, "flamingo_layer")):
+    drawn = {
+        "architecture": architecture, "resampler": resampler, "flamingo_layer": flamingo_layer,
+        "who_sees_what": masks, "bank": bank,
+    }  # fmt: skip
+    for name, draw in drawn.items():
         draw(asset(f"{name}.svg"))
         print(f"wrote assets/{name}.svg")
