@@ -41,6 +41,7 @@ def main(options: TrainingOptions) -> None:
     model, processor = build_flamingo(config)
     model.to(device).train()
     print(training.describe(model))
+    counts = dict(zip(("trainable_parameters", "frozen_parameters"), training.count_parameters(model), strict=True))
     train_set, validation_set = training_sets(options)
     folder = training.run_folder(options)
     train_examples, validation_examples = (
@@ -92,10 +93,10 @@ def main(options: TrainingOptions) -> None:
             log.samples(model, processor, validation_set, training.autocast(device, dtype), bar)
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             save_resume_point(folder, model, optimizer, options, step + 1, dtype)
+            training.give_back_freed_memory()
 
     # ------------------------------------------------------------------------------------------------- save
     save_model(folder, model, processor, config)
-    counts = dict(zip(("trainable_parameters", "frozen_parameters"), training.count_parameters(model), strict=True))
     summary = log.summary(device, dtype) | counts
     write_json(folder / "summary.json", summary)  # last: a run folder with a summary is a whole one
     (folder / RESUME_FILE).unlink()

@@ -101,12 +101,12 @@ def measure(args, folder: Path) -> dict:
     with torch.no_grad():
         losses["ours_cached"] = cached.loss(cached.batch([text for texts in shared[:2] for text in texts])).item()
 
-    small, sizes = ([5], [8]) if args.quick else ([5, 10, 20, 40, 60], [8, 16, 32, 64])
+    small, sizes = ([5], [8]) if args.quick else ([20, 60], [16, 64])
     # name: (side, its batches, batch sizes to try, batches of a round)
     contestants = {
         "peer": (peer, their_batches(shared), sizes, 1),
-        "train_cached": (cached, own_batches(shared), small, 4),
-        "train_pixels": (ours, own_batches(shared), small, 4),
+        "train_cached": (cached, own_batches(shared), small, 3),
+        "train_pixels": (ours, own_batches(shared), small, 1),
         "train_pixels_single": (ours, own_batches(single), sizes, 1),
     }
     dtypes = {side: best_dtype(side, evenly(batches(5), 1), args.device)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import math
+import os
 import resource
 import shutil
 import sys
@@ -36,6 +37,7 @@ def pick_device(name: str) -> torch.device:
 def tune(device: torch.device) -> None:
     """Settings of the whole process with which PyTorch is faster on this device."""
     keep_freed_memory()
+    keep_few_plans()
     use_tf32()
     use_plain_attention(device)
 
@@ -55,6 +57,18 @@ def use_plain_attention(device: torch.device) -> None:
     if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)  # "cuda" is in the name only
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # bfloat16 stays bfloat16
+
+
+def give_back_freed_memory() -> None:
+    """Now and then, on Linux: between blocks of all sizes that come and go, what is kept falls to pieces and grows."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def keep_few_plans() -> None:
+    """oneDNN, which multiplies matrices on CPUs, keeps a plan and its memory for each shape it has met, 1024 of them.
+    Few batches have the same number of words and labels, so a run would gather gigabytes that it never uses again."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at the first product
 
 
 def bf16_pays(model: Flamingo, batch: Batch, device: torch.device) -> bool:

@@ -129,3 +129,10 @@ def test_fingerprints_tell_weights_apart(tmp_path):
     with torch.no_grad():
         a.weight.add_(1e-3)
     assert fingerprint(a) != mark
+
+
+def test_a_fingerprint_of_more_values_than_float32_can_count():
+    """The word vectors of OPT-125m are 38,608,896 numbers."""
+    module = torch.nn.Module()
+    module.register_buffer("words", torch.zeros(1).expand(38_608_896))
+    assert len(fingerprint(module)) == 16
