@@ -47,7 +47,7 @@ def keep_freed_memory() -> None:
     must then clear the pages of the next one: about a tenth of a training step on a CPU. Elsewhere nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 256 << 20)):
+        for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 32 << 20)):
             libc.mallopt(parameter, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>
 
 
