@@ -52,6 +52,7 @@ class DecoupledLinear(nn.Linear):
 
     keep: set while a loss is computed, a bool mask (B, T_txt): the head, half the work of a small language model,
     then runs only at these positions and returns (K, vocabulary), K being their number.
+    is_skipped: it does not even run there, but hands on their hidden states, (K, D): see loss.py.
     """
 
     def __init__(self, head: nn.Linear, first_id: int, count: int):
@@ -64,10 +65,13 @@ class DecoupledLinear(nn.Linear):
         with torch.no_grad():
             self.additional_fc.weight.copy_(head.weight.float().mean(dim=0).expand(count, dim))
         self.keep: Tensor | None = None
+        self.is_skipped = False
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.keep is not None:
             hidden = hidden[self.keep]  # (K, D)
+        if self.is_skipped:
+            return hidden
         old = super().forward(hidden)
         new = self.additional_fc(hidden.to(self.additional_fc.weight.dtype)).to(old.dtype)
         # The new columns stand where their ids are: behind the old ones, or in place of unused ones. (Written in place

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flamingo.packing import Packing
 from flamingo.resampler import feed_forward
 
 
@@ -30,12 +31,14 @@ class Sight:
     mask: (B, T_txt, T_img) may this token look at this slot? None if every token sees slot 0 or nothing.
     sees_image: (B, T_txt, 1) does the token see any picture at all? Its attention is exactly 0 if not.
     captions_each: see `captions_each`.
+    packing: if the tokens of all texts lie end to end, where each belongs.
     """
 
     image_index: Tensor
     mask: Tensor | None
     sees_image: Tensor
     captions_each: int = 0
+    packing: Packing | None = None
 
     def last(self, tokens: int) -> "Sight":
         """The same for the last `tokens` of each text only: those before have been read in an earlier call."""
@@ -130,7 +133,7 @@ class MaskedCrossAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries (B, h, T_txt, c), keys and values (B, h, T_img·n, c), and who may look where (B, 1, T_txt, T_img·n),
         None for everywhere."""
-        q = rearrange(self.to_q(self.norm(x)), "B t (h c) -> B h t c", h=self.heads)
+        q = rearrange(self._queries(x, sight), "B t (h c) -> B h t c", h=self.heads)
         # Each text picks its pictures from the bank and lays their latents side by side.
         k, v = (rearrange(t[sight.image_index], "B T h n c -> B h (T n) c") for t in keys_values)
         mask = None
@@ -142,19 +145,26 @@ class MaskedCrossAttention(nn.Module):
         return q, k, v, mask
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight) -> Tensor:
-        """x (B, T_txt, D), keys and values of the bank (N, h, n, c) each → (B, T_txt, D)."""
-        if len(x) == sight.captions_each * len(keys_values[0]):
-            out = self._ask_together(x, keys_values, sight.captions_each)
+        """x (B, T_txt, D), keys and values of the bank (N, h, n, c) each → (B, T_txt, D). Packed, x is (1, R, D)."""
+        if len(sight.sees_image) == sight.captions_each * len(keys_values[0]):
+            out = self._ask_together(x, keys_values, sight)
         else:
             q, k, v, mask = self.attention_inputs(x, keys_values, sight)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, h, T_txt, c)
             out = rearrange(out, "B h t c -> B t (h c)")
-        return self.to_out(out).masked_fill(~sight.sees_image, 0.0)
+        out = out.masked_fill(~sight.sees_image, 0.0)
+        return self.to_out(out if sight.packing is None else sight.packing.pack(out))
 
-    def _ask_together(self, x: Tensor, keys_values: tuple[Tensor, Tensor], each: int) -> Tensor:
-        """The same where the `each` texts of a picture stand side by side: their tokens are the queries of one
-        attention, (N, h, each·T_txt, c) to (N, h, n, c), and no text needs a copy of its picture's keys."""
-        q = rearrange(self.to_q(self.norm(x)), "(N K) t (h c) -> N h (K t) c", h=self.heads, K=each)
+    def _queries(self, x: Tensor, sight: Sight) -> Tensor:
+        """(B, T_txt, h·c)."""
+        q = self.to_q(self.norm(x))
+        return q if sight.packing is None else sight.packing.unpack(q)
+
+    def _ask_together(self, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight) -> Tensor:
+        """The same where the texts of a picture stand side by side, K of them: their tokens are the queries of one
+        attention, (N, h, K·T_txt, c) to (N, h, n, c), and no text needs a copy of its picture's keys."""
+        each = sight.captions_each
+        q = rearrange(self._queries(x, sight), "(N K) t (h c) -> N h (K t) c", h=self.heads, K=each)
         out = F.scaled_dot_product_attention(q, *keys_values)
         return rearrange(out, "N h (K t) c -> (N K) t (h c)", K=each)
 

@@ -27,7 +27,8 @@ from flamingo.build import build_flamingo
 from flamingo.checkpoint import find_folder, load_model, save_model
 from flamingo.config import FlamingoConfig
 from flamingo.language_model import FlamingoLayer
-from flamingo.modeling import Flamingo, mean_loss, next_tokens
+from flamingo.loss import mean_loss, next_tokens
+from flamingo.modeling import Flamingo
 from flamingo.processor import MEDIA_TOKEN, FlamingoProcessor
 
 

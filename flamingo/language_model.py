@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flamingo.added_tokens import DecoupledEmbedding, DecoupledLinear
 from flamingo.cross_attention import GatedCrossAttentionBlock, Sight, sight_of_next_token, who_sees_what
+from flamingo.loss import loss_by_parts, mean_loss, next_tokens
+from flamingo.packing import allow_packing, packing_of
 
 # Where the decoder layers are, by `config.model_type`. Others are found by structure.
 DECODER_LAYERS = {
@@ -192,6 +194,7 @@ class FlamingoLMMixin:
         first, count = min(added_token_ids), len(added_token_ids)
         self.set_input_embeddings(DecoupledEmbedding(self.get_input_embeddings(), first, count))
         self.set_output_embeddings(DecoupledLinear(self.get_output_embeddings(), first, count))
+        allow_packing(self)
 
     def _get_decoder_layers(self) -> list[FlamingoLayer]:
         """The layers that look at pictures, from the first to the last."""
@@ -251,24 +254,36 @@ class FlamingoLMMixin:
         if self._images_read is not None:
             self._images_read = self._images_read.repeat_interleave(times, dim=0)
 
-    @contextmanager
-    def logits_only_at(self, keep: Tensor) -> Iterator[None]:
-        """Inside, the head runs at the positions `keep` (B, T_txt) only and logits are (K, vocabulary)."""
+    def loss(self, labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Mean loss of the labelled tokens. No work for padding (packing.py), no logits where there is no label, and
+        not all of them at once (loss.py)."""
+        targets = next_tokens(labels)  # (B, T_txt)
+        asked = targets != -100
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}  # nothing to continue
+        packing = packing_of(attention_mask, self)
+        if packing is not None:
+            texts |= packing.inputs(input_ids) | {"packing": packing}
         head = self.get_output_embeddings()
+        by_parts = self.config.model_type in DECODER_LAYERS  # others may do something to the logits after the head
         try:
-            head.keep = keep
-            yield
+            head.keep, head.is_skipped = asked if packing is None else packing.pack(asked), by_parts
+            answers = self(**texts).logits  # hidden states (K, D), or logits (K, vocabulary)
         finally:
-            head.keep = None
+            head.keep, head.is_skipped = None, False
+        return loss_by_parts(head, answers, targets[asked]) if by_parts else mean_loss(answers, targets[asked])
 
     def forward(self, *args, **kwargs):
         """The language model's own forward, after each layer has been told what the tokens of this call see."""
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
+        packing = kwargs.get("packing")
+        if packing is not None:
+            input_ids = packing.unpack(input_ids).masked_fill(packing.padding, -1)  # no <image> there
         cache = kwargs.get("past_key_values")
         read = cache.get_seq_length() if cache is not None else 0  # tokens of earlier calls
         self._check_length(input_ids, read)
         if self._latents is not None:
             sight = self._sight(input_ids, read)
+            sight.packing = packing
             for layer in self._get_decoder_layers():
                 layer.condition_media_locations(sight)
         return super().forward(*args, **kwargs)

@@ -29,23 +29,12 @@ from flamingo.resampler import PerceiverResampler
 class FlamingoOutput:
     """What `forward` returns.
 
-    logits: (B, T_txt, vocabulary); with labels (K, vocabulary), the head having run only where there is a label.
-    loss: mean over the K labelled tokens (0 if there are none), or None without labels.
+    logits: (B, T_txt, vocabulary) without labels. With them there is the loss alone: see loss.py.
+    loss: mean over the labelled tokens (0 if there are none).
     """
 
-    logits: Tensor
+    logits: Tensor | None = None
     loss: Tensor | None = None
-
-
-def next_tokens(labels: Tensor) -> Tensor:
-    """Labels (B, T_txt) → what the next token should be at each position, -100 where there is no loss."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
-
-
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits (K, vocabulary), targets (K,) → mean loss over the targets that are not -100; 0 if there are none."""
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
 
 
 class VisionLanguageModel(nn.Module):
@@ -177,22 +166,18 @@ class VisionLanguageModel(nn.Module):
         image_index: Tensor | None = None,
         blind: bool = False,
     ) -> FlamingoOutput:
-        """Logits of the next token at each position, and the loss if there are labels.
+        """Logits of the next token at each position, or the loss if there are labels.
 
         Args:
             input_ids, attention_mask, labels: (B, T_txt); labels are -100 where there is no loss.
             pixel_values, features, latents, image_index, blind: see `prepare_images`.
         """
         latents, image_index = self.prepare_images(pixel_values, features, latents, image_index, blind)
-        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}  # nothing to continue
         with self.fuse(latents, image_index):
             if labels is None:
-                return FlamingoOutput(self.lang_encoder(**texts).logits)
-            targets = next_tokens(labels)  # (B, T_txt)
-            keep = targets != -100
-            with self.lang_encoder.logits_only_at(keep):
-                logits = self.lang_encoder(**texts).logits  # (K, vocabulary)
-        return FlamingoOutput(logits, mean_loss(logits, targets[keep]))
+                whole = self.lang_encoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                return FlamingoOutput(logits=whole.logits)
+            return FlamingoOutput(loss=self.lang_encoder.loss(labels, input_ids, attention_mask))
 
     @torch.no_grad()
     def generate(

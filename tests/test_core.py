@@ -260,7 +260,7 @@ def test_loss_is_that_of_the_labelled_tokens_only(model, texts, pictures):
     full = model(texts, pixel_values=pictures).logits
     by_hand = F.cross_entropy(torch.stack([full[0, 2], full[1, 7]]), torch.stack([texts[0, 3], texts[1, 8]]))
     close(out.loss, by_hand)
-    assert out.logits.shape == (2, 52)
+    assert out.logits is None
 
 
 def test_a_batch_without_targets_has_zero_loss_and_zero_gradient(model, texts, pictures):

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo.language_model import find_decoder_layers
 from flamingo.modeling import Flamingo
+from flamingo.packing import PACKABLE
 
 COMMON = {"vocab_size": 50, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 2}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -27,6 +28,7 @@ FAMILIES = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "biogpt": WIDE | {"intermediate_size": 64},
+    "granite": WIDE | {"intermediate_size": 64, "num_key_value_heads": 4, "logits_scaling": 3.0},  # after the head
     "stablelm": WIDE | {"intermediate_size": 64, "num_key_value_heads": 4},  # not in the table: found by structure
 }
 
@@ -80,6 +82,40 @@ def test_one_step_moves_what_trains_and_nothing_else(family, texts, pictures):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     added = ("perceiver.", "gated_cross_attn_layer.", "additional_")
     assert {name for name in before if any(part in name for part in added)} == moved
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_the_logits_it_gives(family, texts, pictures):
+    model = extended(tiny_lm_of(family))
+    logits = model(texts, pixel_values=pictures).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten())
+    torch.testing.assert_close(model(texts, labels=texts, pixel_values=pictures).loss, expected)
+
+
+def test_padding_changes_neither_loss_nor_gradient_nor_takes_work(family, pictures):
+    """A long text and a short one trained on together: as each by itself. Packed, where the family allows it."""
+    model = extended(tiny_lm_of(family)).train()
+    rows = [[2, IMAGE, 11, 12, EOC, IMAGE, 13, 14], [2, 7, IMAGE, 21]]
+    ids = torch.tensor([row + [PAD] * (8 - len(row)) for row in rows])
+    mask, index = (ids != PAD).long(), torch.tensor([[0, 1], [2, -1]])
+    labels = ids.masked_fill(ids < 10, -100)
+    bank, widths = pictures.flatten(0, 1), []
+    layer = model.lang_encoder._get_decoder_layers()[0]
+    watch = layer.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape[:2])))
+    model(ids, mask, labels, pixel_values=bank, image_index=index).loss.backward()
+    assert widths == [(1, 12) if model.lang_encoder.config.model_type in PACKABLE else (2, 8)]
+    watch.remove()
+    together = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    targets = [(labels[i, 1:] != -100).sum() for i in range(2)]
+    for i, row in enumerate(rows):
+        real = slice(0, len(row))
+        one = slice(i, i + 1)
+        part = model(ids[one, real], labels=labels[one, real], pixel_values=bank, image_index=index[one])
+        (part.loss * targets[i] / sum(targets)).backward()
+    for name, p in model.named_parameters():
+        if name in together:
+            torch.testing.assert_close(together[name], p.grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @torch.no_grad()

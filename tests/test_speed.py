@@ -5,11 +5,15 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_flamingo
+from torch import nn
 
 from flamingo import training
+from flamingo.added_tokens import DecoupledLinear
 from flamingo.cross_attention import captions_each
 from flamingo.errors import InputError
+from flamingo.loss import loss_by_parts, mean_loss
 from flamingo.options import parse_training_options
+from flamingo.packing import ATTENTION, packing_of
 
 
 def loss_and_gradients(model, texts, pictures, **options):
@@ -23,7 +27,7 @@ def loss_and_gradients(model, texts, pictures, **options):
 
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(texts, pictures):
     model = tiny_flamingo()
-    loss, gradients = loss_and_gradients(model, texts, pictures)
+    before, gradients = loss_and_gradients(model, texts, pictures)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         loss_and_gradients(model, texts, pictures)
@@ -31,7 +35,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(texts, pictures):
         training.checkpoint_layers(model)
         again, gradients_again = loss_and_gradients(model, texts, pictures)
     assert sum(kept) < 0.8 * without
-    assert again == loss and gradients_again.keys() == gradients.keys()
+    assert again == before and gradients_again.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_again[name], gradient)
     prompt, options = texts[:, :3], {"max_new_tokens": 4, "pixel_values": pictures[:, :1]}
@@ -97,6 +101,52 @@ def test_captions_of_a_picture_ask_together_what_they_ask_apart(texts, pictures)
     shuffled = torch.randperm(len(in_order), generator=torch.Generator().manual_seed(3))
     assert captions_each(in_order[shuffled]) == 0
     torch.testing.assert_close(model(one, pixel_values=bank, image_index=in_order[shuffled]).logits, logits[shuffled])
+
+
+def test_captions_of_a_picture_ask_together_packed_too(texts, pictures):
+    model, bank = tiny_flamingo(), pictures[:, 0]
+    rows = [[2, model.media_token_id, *range(11, 11 + length)] for length in (1, 5, 3, 2)]
+    ids = torch.tensor([row + [model.pad_token_id] * (7 - len(row)) for row in rows])
+    mask, index = (ids != model.pad_token_id).long(), torch.tensor([[0], [0], [1], [1]])
+    labels = ids.masked_fill((ids < 10) | (ids == model.media_token_id), -100)
+    loss = model(ids, mask, labels, pixel_values=bank, image_index=index).loss
+    total = 0.0
+    for i, row in enumerate(rows):
+        text, asked = ids[i : i + 1, : len(row)], labels[i : i + 1, : len(row)]
+        total += model(text, labels=asked, pixel_values=bank, image_index=index[i : i + 1]).loss * (len(row) - 2)
+    assert loss.item() == pytest.approx(total.item() / 11, rel=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_loss_by_parts_is_the_loss_of_all_logits(monkeypatch, whole):
+    """Gradients too, of what trains: the two added rows, or the whole head."""
+    torch.manual_seed(0)
+    head = DecoupledLinear(nn.Linear(6, 20, bias=False).requires_grad_(whole), 18, 2)
+    hidden, targets = torch.randn(7, 6, requires_grad=True), torch.tensor([3, 19, -100, 18, 0, 5, 19])
+    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    expected = mean_loss(head(hidden), targets)
+    gradients = torch.autograd.grad(2 * expected, inputs)
+    monkeypatch.setattr("flamingo.loss.LOGITS_AT_ONCE", 60)  # three rows at a time, one at last
+    sizes = []
+    head.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    by_parts = loss_by_parts(head, hidden, targets)
+    assert sizes == [3, 3, 1]
+    torch.testing.assert_close(by_parts, expected)
+    torch.testing.assert_close(torch.autograd.grad(2 * by_parts, inputs), gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_by_parts(head, hidden, targets), expected)
+
+
+def test_attention_that_was_chosen_is_kept_and_padded_texts_are_then_not_packed(texts, pictures):
+    model = tiny_flamingo()
+    assert model.lang_encoder.config._attn_implementation == ATTENTION
+    mask = torch.ones_like(texts)
+    mask[0, -1] = 0
+    assert packing_of(mask, model.lang_encoder) is not None
+    assert packing_of(torch.ones_like(texts), model.lang_encoder) is None  # nothing to gain
+    assert packing_of(mask.flip(1), model.lang_encoder) is None  # padded on the left
+    model.lang_encoder.set_attn_implementation("eager")
+    assert packing_of(mask, model.lang_encoder) is None
 
 
 @pytest.mark.parametrize(
