@@ -69,8 +69,9 @@ def main(args: argparse.Namespace) -> None:
     from flamingo.evaluation.examine import examine, plan, print_result
     from flamingo.evaluation.parts import Parts
     from flamingo.evaluation.report import write_report
+    from flamingo.inference import prepare_to_generate
     from flamingo.options import TrainingOptions, read_json
-    from flamingo.training import hold_frozen_in_bf16, pick_device
+    from flamingo.training import pick_device
 
     began = time.time()
     if not args.run.is_dir():
@@ -83,8 +84,7 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, processor, config = load_model(args.run)
     model.to(device)
-    if summary["dtype"] == "bfloat16":
-        hold_frozen_in_bf16(model, trained=True)
+    prepare_to_generate(model, summary["dtype"])
 
     columns = AnswerColumns(args.question_column, args.answer_column, args.label_column)
     if uses_classroom(options):

@@ -22,6 +22,7 @@ from benchmarks.timing import alternate, seconds
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.figures import plt
 from flamingo.resampler import PerceiverResampler
+from flamingo.training import tune
 
 SWEEPS = {
     "images_per_text": [1, 2, 4, 8, 16, 32],
@@ -68,6 +69,7 @@ def work(side: Ours | Peer, texts: list[Text], device: torch.device) -> float:
 
 
 def measure(args, folder: Path) -> dict:
+    tune(args.device)  # settings of the whole process: the peer has their benefit as well
     ours, peer = report.build_sides(args.shape, 32, args.device)
     encoder = ours.model.vision_encoder
     ours.cache = FeatureCache.open_or_build(folder, ours.pictures, "benchmark", encoder, device=args.device)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.memory [--json FILE]
 
-The same texts, 5 captions a picture, float32, two steps (the optimizer's state comes with the first). Counted is what a
-step needs above the built model: gradients, optimizer state, activations. On a GPU torch tells it; on a CPU it is the
-peak of resident memory, which Linux alone lets us set back after building.
+The same texts, 5 captions a picture, two steps (the optimizer's state comes with the first), in float32 and under
+bfloat16 autocast; a side counts in the dtype in which it needs less. Counted is what a step needs above the built
+model: gradients, optimizer state, activations; the whole, model included, is reported beside. On a GPU torch tells it;
+on a CPU it is the peak of resident memory, which Linux alone lets us set back after building.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from benchmarks.shapes import FULL, QUICK, language_model, make_pictures, make_t
 from benchmarks.timing import Spread
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.errors import InputError
-from flamingo.training import tune
+from flamingo.training import give_back_freed_memory, hold_frozen_in_bf16, tune
 
 SIDES = {"peer": "OpenFlamingo 2.0.1", "memory": "features cached", "memory_pixels": "from pixels"}
-CAPTIONS = 5
+CAPTIONS, DTYPES = 5, ("float32", "bfloat16")
 
 
 def resident_peak() -> int:
@@ -35,7 +36,7 @@ def resident_peak() -> int:
     return int(lines["VmHWM"].split()[0]) * 1024
 
 
-def step_peak(which: str, quick: bool, texts: int, device: torch.device) -> dict[str, float]:
+def step_peak(which: str, dtype: str, quick: bool, texts: int, device: torch.device) -> dict[str, float]:
     """Bytes of one side: of the built model, and what two steps add at most. In a fresh process."""
     shape = QUICK if quick else FULL
     examples = make_texts(shape, -(-texts // CAPTIONS), CAPTIONS, distinct=4)
@@ -50,7 +51,10 @@ def step_peak(which: str, quick: bool, texts: int, device: torch.device) -> dict
             if which == "memory":
                 cache = FeatureCache.open_or_build(Path(folder), pictures, "x", model.vision_encoder, device=device)
             side = Ours(model, shape, pictures, device, cache)
+            if dtype == "bfloat16":
+                hold_frozen_in_bf16(model)  # as train.py does
         side.model.train()
+        give_back_freed_memory()  # what building left must not count as the model's, and serve the step for nothing
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             peak = lambda: torch.cuda.max_memory_allocated(device)  # noqa: E731
@@ -59,33 +63,38 @@ def step_peak(which: str, quick: bool, texts: int, device: torch.device) -> dict
             peak = resident_peak
         built = peak()
         for _ in range(2):
-            side.step(batch)
+            side.step(batch, dtype)
         return {"model": built, "step": peak() - built}
 
 
 def measure(args: argparse.Namespace) -> dict:
-    found: dict[str, list[dict]] = {name: [] for name in SIDES}
+    found: dict[tuple[str, str], list[dict]] = {(name, dtype): [] for name in SIDES for dtype in DTYPES}
     for _ in range(args.rounds):
-        for name in SIDES:
-            order = [sys.executable, "-m", "benchmarks.memory", "--side", name, "--texts", args.texts,
+        for (name, dtype), runs in found.items():
+            order = [sys.executable, "-m", "benchmarks.memory", "--side", name, "--dtype", dtype, "--texts", args.texts,
                      "--device", args.device, *(["--quick"] if args.quick else [])]  # fmt: skip
             done = subprocess.run(list(map(str, order)), capture_output=True, text=True, cwd=report.ASSETS.parent)
             if done.returncode:
                 reason = done.stderr.strip().splitlines()[-1]
                 raise InputError(reason.split(": ", 1)[-1]) if done.returncode == 2 else RuntimeError(done.stderr)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{SIDES[name]}: {found[name][-1]['step'] / 2**20:.0f} MiB above the model")
-    steps = {name: Spread.of([run["step"] for run in runs]) for name, runs in found.items()}
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{SIDES[name]}, {dtype}: {runs[-1]['step'] / 2**20:.0f} MiB above the model")
+    steps = {key: Spread.of([run["step"] for run in runs]) for key, runs in found.items()}
+    chosen = {name: min(DTYPES, key=lambda dtype: steps[name, dtype].median) for name in SIDES}
+    step = {name: steps[name, dtype].median for name, dtype in chosen.items()}
+    whole = {name: found[name, dtype][0]["model"] + step[name] for name, dtype in chosen.items()}
     return {
-        "ratios": {name: steps["peer"].median / steps[name].median for name in SIDES if name != "peer"},
+        "ratios": {name: step["peer"] / step[name] for name in SIDES if name != "peer"},
+        "ratios_model_included": {name: whole["peer"] / whole[name] for name in SIDES if name != "peer"},
         "texts_per_batch": args.texts,
-        "step_bytes": {name: spread.to_dict() for name, spread in steps.items()},
-        "model_bytes": {name: runs[0]["model"] for name, runs in found.items()},
+        "chosen": chosen,
+        "step_bytes": {name: {dtype: steps[name, dtype].to_dict() for dtype in DTYPES} for name in SIDES},
+        "model_bytes": {name: {dtype: found[name, dtype][0]["model"] for dtype in DTYPES} for name in SIDES},
     }
 
 
 def draw(result: dict, path: Path) -> None:
-    gib = {name: spread["median"] / 2**30 for name, spread in result["step_bytes"].items()}
+    gib = {name: result["step_bytes"][name][dtype]["median"] / 2**30 for name, dtype in result["chosen"].items()}
     rows = [(SIDES[name], gib[name], gib["peer"]) for name in ("memory", "memory_pixels")]
     report.draw_bars(path, rows, "GiB above the model (shorter is better)", "Peak memory of a training step")
 
@@ -93,19 +102,24 @@ def draw(result: dict, path: Path) -> None:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=int, default=20, help="texts in the batch (default: %(default)s)")
     parser.add_argument("--side", choices=list(SIDES), help="measure one side in this process, print its bytes")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of --side (default: %(default)s)")
 
 
 def main(argv: list[str]) -> None:
     args = report.parse("memory", __doc__.splitlines()[0], argv, options)
     if args.side:
-        print(json.dumps(step_peak(args.side, args.quick, args.texts, args.device)))
+        print(json.dumps(step_peak(args.side, args.dtype, args.quick, args.texts, args.device)))
         return
     if args.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise InputError("resident memory can be measured on Linux only: use --device cuda, or a Linux machine")
     result = measure(args)
-    rows = [(SIDES[name], result["model_bytes"][name] / 2**20, result["step_bytes"][name]["median"] / 2**20,
-             result["ratios"].get(name, 1.0)) for name in SIDES]  # fmt: skip
-    report.print_table(["MiB", "model", "a step adds", "peer's over this"], rows)
+    rows = [(f"{SIDES[name]}, {dtype}", result["model_bytes"][name][dtype] / 2**20, spread["median"] / 2**20,
+             "*" if result["chosen"][name] == dtype else "")
+            for name, spreads in result["step_bytes"].items() for dtype, spread in spreads.items()]  # fmt: skip
+    report.print_table(["MiB", "model", "a step adds", "needs less"], rows)
+    for name, ratio in result["ratios"].items():
+        whole = result["ratios_model_included"][name]
+        print(f"{SIDES[name]}: the peer's step takes {ratio:.3g} times as much, {whole:.3g} times with the model")
     report.finish(args, result, draw)
 
 

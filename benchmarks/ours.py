@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from benchmarks.shapes import PAD, Shape, Text, pad
 from flamingo.data.batches import Batch, caption_labels
 from flamingo.data.feature_cache import FeatureCache
+from flamingo.inference import prepare_to_generate
 from flamingo.modeling import Flamingo
 from flamingo.options import TrainingOptions
-from flamingo.training import autocast, hold_frozen_in_bf16, make_optimizer
+from flamingo.training import autocast, make_optimizer
 from flamingo.vision import OpenClipEncoder
 
 
@@ -83,12 +84,12 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def in_bf16(self) -> "Ours":
-        """As evaluate.py generates in bfloat16."""
-        low = copy.copy(self)
-        low.model, low.dtype = copy.deepcopy(self.model), "bfloat16"
-        hold_frozen_in_bf16(low.model, trained=True)
-        return low
+    def generating_in(self, dtype: str) -> "Ours":
+        """As evaluate.py generates in it."""
+        side = copy.copy(self)
+        side.model, side.dtype = copy.deepcopy(self.model), dtype
+        prepare_to_generate(side.model, dtype)
+        return side
 
     def generate(self, texts: Sequence[Text], **options) -> Tensor:
         batch = self.batch(texts).to(self.device)

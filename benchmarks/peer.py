@@ -78,11 +78,11 @@ class Peer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def in_bf16(self) -> "Peer":
+    def generating_in(self, dtype: str) -> "Peer":
         """All of it: under autocast every step would convert every weight."""
-        low = copy.copy(self)
-        low.model = copy.deepcopy(self.model).to(torch.bfloat16)
-        return low
+        side = copy.copy(self)
+        side.model = copy.deepcopy(self.model).to(getattr(torch, dtype))
+        return side
 
     def generate(self, texts: Sequence[Text], **options) -> Tensor:
         input_ids, attention_mask = pad(texts, "left")

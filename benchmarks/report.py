@@ -15,7 +15,7 @@ from flamingo.checkpoint import write_atomically, write_json
 from flamingo.errors import InputError, run_command
 from flamingo.figures import plt
 from flamingo.options import OneSentenceParser
-from flamingo.training import pick_device, tune
+from flamingo.training import pick_device
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 COLORS = {"ours": "#1b7f79", "OpenFlamingo": "#8a8f98"}
@@ -49,7 +49,6 @@ def parse(name: str, text: str, argv: Sequence[str], add: Callable[[argparse.Arg
 def build_sides(shape: Shape, pictures: int, device: torch.device) -> tuple[Ours, Peer]:
     """Both sides, same weights, in modules of their own."""
     torch.manual_seed(0)
-    tune(device)  # settings of the whole process: the peer has their benefit as well
     tower, lm = vision_tower(shape), language_model(shape)
     bank = make_pictures(shape, pictures)
     own_tower, own_lm = copy.deepcopy(tower), copy.deepcopy(lm)

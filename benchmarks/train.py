@@ -24,7 +24,7 @@ from benchmarks.shapes import Text, make_texts
 from benchmarks.timing import Spread, alternate, seconds
 from flamingo.data.batches import StepSampler
 from flamingo.data.feature_cache import FeatureCache
-from flamingo.training import hold_frozen_in_bf16
+from flamingo.training import hold_frozen_in_bf16, tune
 
 DTYPES = ("float32", "bfloat16")
 CAPTIONS = 5  # of a picture
@@ -88,6 +88,7 @@ def best_size(side: Ours | Peer, batches: Batches, sizes: Sequence[int], dtype: 
 
 def measure(args, folder: Path) -> dict:
     distinct = 4 if args.quick else 16
+    tune(args.device)  # settings of the whole process: the peer has their benefit as well
     ours, peer = report.build_sides(args.shape, distinct, args.device)
     pool = 8 if args.quick else 192
     shared = make_texts(args.shape, pool, CAPTIONS, distinct)

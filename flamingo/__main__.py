@@ -19,8 +19,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     from flamingo import FlamingoModel
+    from flamingo.inference import prepare_to_generate
 
     model = FlamingoModel.from_pretrained(args.run)
+    prepare_to_generate(model.flamingo, "float32")
     captions = model.generate_captions(
         model.processor, images=args.pictures, prompt=f"<image> {args.prompt}".strip(), num_beams=args.beams,
         max_new_tokens=args.max_new_tokens,

@@ -66,13 +66,14 @@ class DecoupledLinear(nn.Linear):
             self.additional_fc.weight.copy_(head.weight.float().mean(dim=0).expand(count, dim))
         self.keep: Tensor | None = None
         self.is_skipped = False
+        self.packed: nn.Module | None = None  # the frozen part as inference.py lays it out
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.keep is not None:
             hidden = hidden[self.keep]  # (K, D)
         if self.is_skipped:
             return hidden
-        old = super().forward(hidden)
+        old = super().forward(hidden) if self.packed is None else self.packed(hidden)
         new = self.additional_fc(hidden.to(self.additional_fc.weight.dtype)).to(old.dtype)
         # The new columns stand where their ids are: behind the old ones, or in place of unused ones. (Written in place
         # there: logits are the largest tensor of a training step, and putting them together anew costs 5 % of it.)

@@ -190,6 +190,7 @@ class FlamingoLMMixin:
         for i in xattn_layers:
             block = GatedCrossAttentionBlock(dim=dim, dim_visual=dim_visual, **xattn_options)
             layers[i] = FlamingoLayer(block, layers[i])
+        self._flamingo_layers = tuple(layers[i] for i in xattn_layers)  # to look for them takes a millisecond a call
 
         first, count = min(added_token_ids), len(added_token_ids)
         self.set_input_embeddings(DecoupledEmbedding(self.get_input_embeddings(), first, count))
@@ -198,7 +199,7 @@ class FlamingoLMMixin:
 
     def _get_decoder_layers(self) -> list[FlamingoLayer]:
         """The layers that look at pictures, from the first to the last."""
-        return [module for module in self.modules() if isinstance(module, FlamingoLayer)]
+        return list(self._flamingo_layers)
 
     @contextmanager
     def conditioned(

@@ -51,15 +51,20 @@ def test_memory_of_one_side(capsys):
     assert found["model"] > 0 and found["step"] >= 0
 
 
-def test_memory_is_the_peers_over_ours(monkeypatch, tmp_path):
+def test_memory_is_the_peers_over_ours_each_in_the_dtype_that_needs_less(monkeypatch, tmp_path):
     def measured(order, **_):
-        side = order[order.index("--side") + 1]
-        step = {"peer": 600, "memory": 200, "memory_pixels": 300}[side]
-        return memory.subprocess.CompletedProcess(order, 0, stdout=f"said\n{json.dumps({'model': 9, 'step': step})}\n")
+        side, dtype = (order[order.index(name) + 1] for name in ("--side", "--dtype"))
+        step = {"peer": 600, "memory": 400, "memory_pixels": 300}[side] + 100 * (dtype == "bfloat16")
+        step -= 300 * (dtype == "bfloat16" and side == "memory")
+        found = json.dumps({"model": 300, "step": step})
+        return memory.subprocess.CompletedProcess(order, 0, stdout=f"said\n{found}\n")
 
     monkeypatch.setattr(memory.subprocess, "run", measured)
     memory.main(["--quick", "--device", "cpu", "--json", str(tmp_path / "memory.json")])
-    assert json.loads((tmp_path / "memory.json").read_text())["ratios"] == {"memory": 3.0, "memory_pixels": 2.0}
+    result = json.loads((tmp_path / "memory.json").read_text())
+    assert result["chosen"] == {"peer": "float32", "memory": "bfloat16", "memory_pixels": "float32"}
+    assert result["ratios"] == {"memory": 3.0, "memory_pixels": 2.0}
+    assert result["ratios_model_included"] == {"memory": 1.8, "memory_pixels": 1.5}
 
 
 def test_both_dtypes_learn_the_same(tmp_path, capsys):

@@ -11,6 +11,7 @@ from flamingo import training
 from flamingo.added_tokens import DecoupledLinear
 from flamingo.cross_attention import captions_each
 from flamingo.errors import InputError
+from flamingo.inference import PackedLinear, prepare_to_generate
 from flamingo.loss import loss_by_parts, mean_loss
 from flamingo.options import parse_training_options
 from flamingo.packing import ATTENTION, packing_of
@@ -156,6 +157,19 @@ def test_attention_that_was_chosen_is_kept_and_padded_texts_are_then_not_packed(
 )  # fmt: skip
 def test_when_captions_of_a_picture_stand_side_by_side(index, each):
     assert captions_each(torch.tensor(index)) == each
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_prepared_to_generate_says_the_same(texts, pictures, dtype):
+    model, prompt = tiny_flamingo(), texts[:, :3]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        expected = [model(texts, pixel_values=pictures).logits, model.generate(prompt, pixel_values=pictures[:, :1])]
+        prepare_to_generate(model, dtype)
+        got = [model(texts, pixel_values=pictures).logits, model.generate(prompt, pixel_values=pictures[:, :1])]
+    assert isinstance(model.lang_encoder.model.decoder.layers[0].decoder_layer.fc1, PackedLinear)
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 0.05, "rtol": 0.05}
+    torch.testing.assert_close(got[0], expected[0], **close)
+    assert torch.equal(got[1], expected[1])
 
 
 def test_no_frozen_weight_gets_a_gradient_or_an_optimizer_state(texts, pictures):
