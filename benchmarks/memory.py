@@ -100,7 +100,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--texts", type=int, default=20, help="texts in the batch (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=60, help="texts in the batch (default: %(default)s)")
     parser.add_argument("--side", choices=list(SIDES), help="measure one side in this process, print its bytes")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of --side (default: %(default)s)")
 
