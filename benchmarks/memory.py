@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
     if args.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise InputError("resident memory can be measured on Linux only: use --device cuda, or a Linux machine")
     result = measure(args)
-    rows = [(f"{SIDES[name]}, {dtype}", result["model_bytes"][name][dtype] / 2**20, spread["median"] / 2**20,
+    rows = [(f"{SIDES[name]}, {dtype}", result["model_bytes"][name][dtype] >> 20, round(spread["median"]) >> 20,
              "*" if result["chosen"][name] == dtype else "")
             for name, spreads in result["step_bytes"].items() for dtype, spread in spreads.items()]  # fmt: skip
     report.print_table(["MiB", "model", "a step adds", "needs less"], rows)
