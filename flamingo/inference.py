@@ -21,9 +21,16 @@ def prepare_to_generate(model: VisionLanguageModel, dtype: str) -> None:
     """
     if dtype == "bfloat16":
         hold_frozen_in_bf16(model, trained=True)
-    if next(model.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if next(model.parameters()).device.type == "cpu" and can_pack(dtype):
         pack_matrices(model.perceiver)
         pack_matrices(model.lang_encoder)
+
+
+def can_pack(dtype: str) -> bool:
+    """Has this PyTorch oneDNN, and can oneDNN work in this dtype on this processor?"""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack_matrices(module: nn.Module) -> None:
