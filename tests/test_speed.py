@@ -18,10 +18,12 @@ from flamingo.packing import ATTENTION, packing_of
 
 
 def loss_and_gradients(model, texts, pictures, **options):
-    labels = texts.masked_fill(texts < 10, -100)
+    """The first text is one token shorter than the others, so that padding is among it."""
+    labels, mask = texts.masked_fill(texts < 10, -100), torch.ones_like(texts)
+    labels[0, -1], mask[0, -1] = -100, 0
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=options.pop("bf16", False)):
-        loss = model(texts, labels=labels, **{options.get("kind", "pixel_values"): pictures}).loss
+        loss = model(texts, mask, labels, **{options.get("kind", "pixel_values"): pictures}).loss
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
