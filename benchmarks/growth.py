@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks import report
 from benchmarks.ours import Ours
@@ -101,6 +102,10 @@ def draw(result: dict, path: Path) -> None:
                               color=report.COLORS[label], alpha=0.25)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_xticks(x, list(line))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel=sweep.replace("_", " "), ylabel="seconds, forward and backward")
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].legend(frameon=False)
