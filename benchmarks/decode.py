@@ -21,7 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from benchmarks import report
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
-from benchmarks.shapes import PAD, Text, make_text
+from benchmarks.shapes import DTYPES, PAD, Text, make_text
 from benchmarks.timing import Spread, alternate
 
 # name: (texts, pictures a text, beams)
@@ -70,7 +70,7 @@ def prompts(shape, count: int, pictures: int) -> list[Text]:
 def in_best_dtype(side: Ours | Peer, steps: int) -> tuple[Ours | Peer, dict]:
     """A side with its weights as float32 or bfloat16, whichever is faster and says the same as float32."""
     texts = prompts(side.shape, 8, 1)
-    sides, said, times = {dtype: side.generating_in(dtype) for dtype in ("float32", "bfloat16")}, {}, {}
+    sides, said, times = {dtype: side.generating_in(dtype) for dtype in DTYPES}, {}, {}
     for name, candidate in sides.items():
         runs = [generate(candidate, texts, 1, steps) for _ in range(2)]
         said[name], times[name] = runs[0][0], min(seconds for _, seconds in runs)

@@ -20,14 +20,14 @@ import torch
 from benchmarks import report
 from benchmarks.ours import Ours, build_ours
 from benchmarks.peer import Peer, build_peer
-from benchmarks.shapes import FULL, QUICK, language_model, make_pictures, make_texts, vision_tower
+from benchmarks.shapes import DTYPES, FULL, QUICK, language_model, make_pictures, make_texts, vision_tower
 from benchmarks.timing import Spread
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.errors import InputError
 from flamingo.training import give_back_freed_memory, hold_frozen_in_bf16, tune
 
 SIDES = {"peer": "OpenFlamingo 2.0.1", "memory": "features cached", "memory_pixels": "from pixels"}
-CAPTIONS, DTYPES = 5, ("float32", "bfloat16")
+CAPTIONS = 5
 
 
 def resident_peak() -> int:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.ours import Ours, build_ours
-from benchmarks.shapes import Text, language_model, make_pictures, make_texts, vision_tower
+from benchmarks.shapes import DTYPES, Text, language_model, make_pictures, make_texts, vision_tower
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.figures import plt
 from flamingo.options import TrainingOptions
@@ -48,7 +48,7 @@ def measure(args, folder: Path) -> dict:
                for i in range(0, PICTURES, PICTURES_A_BATCH)]  # fmt: skip
     steps = 8 if args.quick else STEPS
     losses = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         side = Ours(copy.deepcopy(model), args.shape, pictures, args.device, cache)
         losses[dtype] = learn(side, batches, dtype, steps)
         print(f"{dtype}: loss {losses[dtype][0]:.4f} at first, {losses[dtype][-1]:.4f} after {steps} steps")

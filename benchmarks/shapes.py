@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 BOS, PAD = 2, 1  # OPT's
+DTYPES = ("float32", "bfloat16")  # what each side is tried in
 
 
 @dataclass(frozen=True)

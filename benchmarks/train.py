@@ -20,13 +20,12 @@ import torch
 from benchmarks import report
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
-from benchmarks.shapes import Text, make_texts
+from benchmarks.shapes import DTYPES, Text, make_texts
 from benchmarks.timing import Spread, alternate, seconds
 from flamingo.data.batches import StepSampler
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.training import hold_frozen_in_bf16, tune
 
-DTYPES = ("float32", "bfloat16")
 CAPTIONS = 5  # of a picture
 Batches = Callable[[int], list[list[Text]]]  # texts in a batch → batches, the shortest captions first
 

@@ -28,10 +28,11 @@ class Card:
         self.axes.axis("off")
         self._patch(2, 2, width - 4, height - 4, ("white", "#d0d7de"), rounding=12, zorder=-1)
 
-    def _patch(self, x, y, w, h, colors, rounding=6.0, zorder=1):
+    def _patch(self, x, y, w, h, colors, rounding=6.0, **how):
         style = f"round,pad=0,rounding_size={rounding}"
+        how = {"lw": 1.2, "zorder": 1} | how
         self.axes.add_patch(plt.matplotlib.patches.FancyBboxPatch(
-            (x, y), w, h, boxstyle=style, fc=colors[0], ec=colors[1], lw=1.2, zorder=zorder))  # fmt: skip
+            (x, y), w, h, boxstyle=style, fc=colors[0], ec=colors[1], **how))  # fmt: skip
 
     def box(self, x: float, y: float, w: float, h: float, text: str, colors=DATA, size: float = 13) -> None:
         self._patch(x, y, w, h, colors)
@@ -60,6 +61,10 @@ class Card:
             corner = (x + i * size[0], y)
             self.axes.add_patch(plt.Rectangle(corner, 0.75 * size[0], size[1], fc=color, ec="none", alpha=alpha))
         return x + count * size[0]
+
+    def frame(self, x: float, y: float, w: float, h: float) -> None:
+        """Dashed, around what is done several times."""
+        self._patch(x, y, w, h, ("none", SOFT), rounding=10, lw=1.4, ls=(0, (5, 4)))
 
     def plus(self, x: float, y: float) -> None:
         """Where a branch is added."""

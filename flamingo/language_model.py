@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from flamingo.added_tokens import DecoupledEmbedding, DecoupledLinear
 from flamingo.cross_attention import GatedCrossAttentionBlock, Sight, sight_of_next_token, who_sees_what
 from flamingo.loss import loss_by_parts, mean_loss, next_tokens
-from flamingo.packing import allow_packing, packing_of
+from flamingo.packing import Packing, allow_packing, packing_of
 
 # Where the decoder layers are, by `config.model_type`. Others are found by structure.
 DECODER_LAYERS = {
@@ -260,25 +260,23 @@ class FlamingoLMMixin:
         not all of them at once (loss.py)."""
         targets = next_tokens(labels)  # (B, T_txt)
         asked = targets != -100
-        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}  # nothing to continue
         packing = packing_of(attention_mask, self)
-        if packing is not None:
-            texts |= packing.inputs(input_ids) | {"packing": packing}
         head = self.get_output_embeddings()
         by_parts = self.config.model_type in DECODER_LAYERS  # others may do something to the logits after the head
         try:
             head.keep, head.is_skipped = asked if packing is None else packing.pack(asked), by_parts
-            answers = self(**texts).logits  # hidden states (K, D), or logits (K, vocabulary)
+            told = self(input_ids=input_ids, attention_mask=attention_mask, packing=packing, use_cache=False)
         finally:
             head.keep, head.is_skipped = None, False
+        answers = told.logits  # hidden states (K, D), or logits (K, vocabulary)
         return loss_by_parts(head, answers, targets[asked]) if by_parts else mean_loss(answers, targets[asked])
 
-    def forward(self, *args, **kwargs):
-        """The language model's own forward, after each layer has been told what the tokens of this call see."""
+    def forward(self, *args, packing: Packing | None = None, **kwargs):
+        """The language model's own forward, after each layer has been told what the tokens of this call see.
+
+        packing: lay the texts end to end for it, without their padding; what comes back lies so too.
+        """
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
-        packing = kwargs.get("packing")
-        if packing is not None:
-            input_ids = packing.unpack(input_ids).masked_fill(packing.padding, -1)  # no <image> there
         cache = kwargs.get("past_key_values")
         read = cache.get_seq_length() if cache is not None else 0  # tokens of earlier calls
         self._check_length(input_ids, read)
@@ -287,6 +285,8 @@ class FlamingoLMMixin:
             sight.packing = packing
             for layer in self._get_decoder_layers():
                 layer.condition_media_locations(sight)
+        if packing is not None:
+            kwargs |= packing.inputs(input_ids)
         return super().forward(*args, **kwargs)
 
     @property

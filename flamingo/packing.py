@@ -31,7 +31,7 @@ class Packing:
 
     def __init__(self, attention_mask: Tensor):
         real = attention_mask.bool()
-        self.shape, self.padding = real.shape, ~real  # (B, T_txt)
+        self.shape = real.shape  # (B, T_txt)
         self.places = real.flatten().nonzero()[:, 0]  # (R,) the place of each token among the B·T_txt
         self.tokens = (real.flatten().cumsum(0) - 1).clamp(min=0)  # (B·T_txt,) the token at each place
 
@@ -43,14 +43,15 @@ class Packing:
         """(1, R, …) → (B, T_txt, …); in the place of padding is some token or other, which nobody may look at."""
         return x[0].index_select(0, self.tokens).unflatten(0, self.shape)
 
-    def inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """What the language model is called with: input_ids (B, T_txt) end to end, and each token's place in its text.
+    def inputs(self, input_ids: Tensor) -> dict:
+        """What the language model is called with for texts (B, T_txt): their tokens end to end, and their positions.
 
         The mask of one row of R tokens would be (R, R), and nobody reads it: a model makes none if it is given one.
         """
         positions = torch.arange(self.shape[1], device=input_ids.device).expand(self.shape)
         nothing = torch.zeros(1, 1, 1, 1, device=input_ids.device)
-        return {"input_ids": self.pack(input_ids), "position_ids": self.pack(positions), "attention_mask": nothing}
+        texts = {"input_ids": self.pack(input_ids), "position_ids": self.pack(positions), "attention_mask": nothing}
+        return texts | {"packing": self}  # which the model hands on to `packed_attention`
 
 
 def packing_of(attention_mask: Tensor | None, lm: nn.Module) -> Packing | None:

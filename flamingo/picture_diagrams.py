@@ -66,9 +66,7 @@ def resampler(path: Path) -> None:
     card.cells(stream - 35, 32, n, TRAINED[1], (4.4, 16))
     card.arrow((stream, 102), (stream, 556), color=TRAINED[1])
 
-    dashed = {"fc": "none", "ec": SOFT, "lw": 1.4, "ls": (0, (5, 4))}  # around what every layer does again
-    style = "round,pad=0,rounding_size=10"
-    card.axes.add_patch(plt.matplotlib.patches.FancyBboxPatch((18, 160), 764, 368, boxstyle=style, **dashed))
+    card.frame(18, 160, 764, 368)  # what every layer does
     ends = {}
     for y, one, alpha, color in ((190, features, GHOST, SOFT), (246, still, 1.0, INK)):
         keys, ends[y] = key_list(card, perceiver, one, left, y, alpha)

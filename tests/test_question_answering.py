@@ -217,11 +217,11 @@ def test_questions_and_classes_of_a_set_are_examined_and_a_stop_costs_little(run
 
 
 def test_no_picture_is_both_asked_about_and_an_example(tmp_path):
-    """A set of one split serves as its own training split."""
+    """A set of one split serves as its own training split: two of five are asked about, one is lent to validation."""
     (asked_folder(tmp_path / "set") / "train").rename(tmp_path / "elsewhere")
     exam = captioned_exam(TrainingOptions(data=str(tmp_path / "set")), "test", 100, 0)
     asked, shown = ({item.truths[0] for item in items} for items in (exam.items, exam.support))
-    assert len(asked) == 2 and shown and not asked & shown
+    assert len(asked) == 2 and len(shown) == 2 and not asked & shown
 
 
 def test_columns_of_other_names(run_folder, tmp_path, monkeypatch):
