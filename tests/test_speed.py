@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_flamingo
 from torch import nn
 
@@ -164,14 +165,42 @@ def test_when_captions_of_a_picture_stand_side_by_side(index, each):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_prepared_to_generate_says_the_same(texts, pictures, dtype):
     model, prompt = tiny_flamingo(), texts[:, :3]
+
+    def said():
+        logits = model(texts, pixel_values=pictures).logits
+        some = model.generate(prompt, pixel_values=pictures[:, :1])
+        return logits, some, model.generate(prompt[:1], pixel_values=pictures[:1, :1])  # one text: other products
+
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        expected = [model(texts, pixel_values=pictures).logits, model.generate(prompt, pixel_values=pictures[:, :1])]
+        expected = said()
         prepare_to_generate(model, dtype)
-        got = [model(texts, pixel_values=pictures).logits, model.generate(prompt, pixel_values=pictures[:, :1])]
+        got = said()
     assert isinstance(model.lang_encoder.model.decoder.layers[0].decoder_layer.fc1, PackedLinear)
     close = {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 0.05, "rtol": 0.05}
     torch.testing.assert_close(got[0], expected[0], **close)
-    assert torch.equal(got[1], expected[1])
+    assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_product_with_one_vector_does_without_onednn(enabled, monkeypatch):
+    linear = torch.nn.Linear(64, 48).to(torch.bfloat16)
+    packed, x, seen = PackedLinear(linear), torch.randn(2, 1, 64).to(torch.bfloat16), []
+
+    def spy(*args):
+        seen.append(torch.backends.mkldnn.enabled)
+        return linear_function(*args)
+
+    linear_function = F.linear
+    monkeypatch.setattr(F, "linear", spy)
+    before = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = enabled
+        one_by_one = torch.cat([packed(x[:1]), packed(x[1:])])
+        assert seen == [False, False] and torch.backends.mkldnn.enabled is enabled  # as it was
+    finally:
+        torch.backends.mkldnn.enabled = before
+    torch.testing.assert_close(packed(x), one_by_one, atol=0.02, rtol=0.02)
+    assert len(seen) == 2
 
 
 def test_no_frozen_weight_gets_a_gradient_or_an_optimizer_state(texts, pictures):
