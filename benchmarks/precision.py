@@ -2,38 +2,56 @@
 
     python -m benchmarks.precision [--json FILE]
 
-Ours alone, at the shapes of the other benchmarks and as train.py trains: gates closed at first, features cached,
-weights that train in float32, products under autocast, frozen matrices held in bfloat16. A few captions of random words
-are read again and again, so that there is something to learn.
+Ours alone, at the shapes of the other benchmarks and as `train.py --preset opt-125m` begins: gates closed at first, its
+learning rates and its warmup, features cached, weights that train in float32, products under autocast, frozen matrices
+held in bfloat16. Each picture has a few words of its own, of which its captions are made anew at every step: there is
+something to learn from the pictures and nothing to learn by heart. (Where a few captions are read again and again, the
+loss soon falls and jumps so fast that two roundings of float32 would part as well.)
 """
 
 import copy
+import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.ours import Ours, build_ours
-from benchmarks.shapes import DTYPES, Text, language_model, make_pictures, make_texts, vision_tower
+from benchmarks.shapes import DTYPES, Shape, Text, language_model, make_pictures, make_text, vision_tower
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.figures import plt
-from flamingo.options import TrainingOptions
-from flamingo.training import hold_frozen_in_bf16, make_optimizer, tune
+from flamingo.options import parse_training_options
+from flamingo.training import hold_frozen_in_bf16, make_optimizer, set_learning_rate, tune
 
-STEPS, PICTURES, CAPTIONS, PICTURES_A_BATCH = 200, 8, 5, 2
+STEPS, PICTURES, CAPTIONS, PICTURES_A_STEP, WORDS = 200, 8, 5, 2, 16
 ALLOWED = 0.01  # relative difference of the losses, mean over the steps
 
 
-def learn(side: Ours, batches: Sequence[Sequence[Text]], dtype: str, steps: int) -> list[float]:
+def told_at(shape: Shape, step: int) -> list[Text]:
+    """The captions of a step: `CAPTIONS` to each of the next pictures, of random ones among that picture's words."""
+    rng, texts = random.Random(f"step {step}"), []
+    for i in range(step * PICTURES_A_STEP, (step + 1) * PICTURES_A_STEP):
+        picture = i % PICTURES
+        words = random.Random(f"picture {picture}").sample(range(4, shape.words), WORDS)
+        texts += [make_text(shape, rng, [picture], words=words) for _ in range(CAPTIONS)]
+    return texts
+
+
+def learn(side: Ours, dtype: str, steps: int) -> Iterator[float]:
     """The loss of each step."""
+    options = parse_training_options(["--preset", "opt-125m"])
+    options.warmup_steps = min(options.warmup_steps, steps)
     side.model.train()
-    side.optimizer = make_optimizer(side.model, TrainingOptions(lr=1e-4, gate_lr=1e-2))
+    side.optimizer = make_optimizer(side.model, options)
     if dtype == "bfloat16":
         hold_frozen_in_bf16(side.model)
-    return [side.step(batches[step % len(batches)], dtype).item() for step in range(steps)]
+    for step in tqdm(range(steps), desc=dtype):
+        set_learning_rate(side.optimizer, step, options)
+        yield side.step(told_at(side.shape, step), dtype).item()
 
 
 def measure(args, folder: Path) -> dict:
@@ -43,14 +61,11 @@ def measure(args, folder: Path) -> dict:
     model = build_ours(args.shape, vision_tower(args.shape), language_model(args.shape))
     cache = FeatureCache.open_or_build(folder, pictures, "benchmark", model.to(args.device).vision_encoder,
                                        device=args.device)  # fmt: skip
-    examples = make_texts(args.shape, PICTURES, CAPTIONS, PICTURES)
-    batches = [[text for example in examples[i : i + PICTURES_A_BATCH] for text in example]
-               for i in range(0, PICTURES, PICTURES_A_BATCH)]  # fmt: skip
-    steps = 8 if args.quick else STEPS
+    steps = 24 if args.quick else STEPS
     losses = {}
     for dtype in DTYPES:
         side = Ours(copy.deepcopy(model), args.shape, pictures, args.device, cache)
-        losses[dtype] = learn(side, batches, dtype, steps)
+        losses[dtype] = list(learn(side, dtype, steps))
         print(f"{dtype}: loss {losses[dtype][0]:.4f} at first, {losses[dtype][-1]:.4f} after {steps} steps")
     apart = [abs(fast / exact - 1) for exact, fast in zip(losses["float32"], losses["bfloat16"], strict=True)]
     return {"losses": losses, "mean_difference": sum(apart) / steps, "largest_difference": max(apart)}

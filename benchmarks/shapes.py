@@ -75,12 +75,18 @@ def caption_length(rng: random.Random) -> int:
     return min(32, max(4, round(rng.lognormvariate(2.514, 0.32))))
 
 
-def make_text(shape: Shape, rng: random.Random, pictures: Sequence[int], tokens: int | None = None) -> Text:
-    """<image>caption<|endofchunk|> for each picture, captions of random words."""
+def make_text(
+    shape: Shape,
+    rng: random.Random,
+    pictures: Sequence[int],
+    tokens: int | None = None,
+    words: Sequence[int] | None = None,
+) -> Text:
+    """<image>caption<|endofchunk|> for each picture, captions of random words, or of random ones among `words`."""
     ids = [BOS]
     for _ in pictures:
-        words = (rng.randrange(4, shape.words) for _ in range(tokens or caption_length(rng)))
-        ids += [shape.image, *words, shape.eoc]
+        caption = (rng.choice(words or range(4, shape.words)) for _ in range(tokens or caption_length(rng)))
+        ids += [shape.image, *caption, shape.eoc]
     return Text(tuple(pictures), tuple(ids))
 
 

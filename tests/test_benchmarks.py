@@ -71,8 +71,8 @@ def test_both_dtypes_learn_the_same(tmp_path, capsys):
     precision.main(["--quick", "--device", "cpu", "--json", str(tmp_path / "precision.json")])
     result = json.loads((tmp_path / "precision.json").read_text())
     exact, fast = result["losses"]["float32"], result["losses"]["bfloat16"]
-    assert exact[0] == pytest.approx(fast[0], rel=1e-2) and exact != fast and len(exact) == 8
-    assert all(later < first for first, later in zip(exact[:4], exact[4:], strict=True))  # four batches, read twice
+    assert exact[0] == pytest.approx(fast[0], rel=1e-2) and exact != fast and len(exact) == 24
+    assert sum(exact[-8:]) < 0.995 * sum(exact[:8])  # something is learned
     assert result["mean_difference"] <= result["largest_difference"] < 0.05
     assert "within 1%" in capsys.readouterr().out
 
