@@ -66,7 +66,7 @@ class DecoupledLinear(nn.Linear):
             self.additional_fc.weight.copy_(head.weight.float().mean(dim=0).expand(count, dim))
         self.keep: Tensor | None = None
         self.is_skipped = False
-        self.packed: nn.Module | None = None  # the frozen part as inference.py lays it out
+        self.packed: nn.Module | None = None  # the frozen part as onednn.py lays it out
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.keep is not None:

@@ -25,6 +25,8 @@ from flamingo.errors import InputError
 from flamingo.options import resolve
 from flamingo.preprocess import Preprocess
 
+PIXELS_AT_ONCE = 16 * 224 * 224  # that a CPU encodes together
+
 
 def fingerprint(module: nn.Module) -> str:
     """16 hex digits that tell one set of weights from another: a hash of names, shapes and 64 values per tensor."""
@@ -67,7 +69,10 @@ class VisionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, C, H, W) → (N, v, d)."""
-        features = self.patch_features(pixel_values)
+        count, (height, width) = len(pixel_values), pixel_values.shape[-2:]
+        if pixel_values.device.type == "cpu":  # what a layer hands to the next one then fits its cache
+            count = max(1, PIXELS_AT_ONCE // (height * width))
+        features = torch.cat([self.patch_features(some) for some in pixel_values.split(count)])
         if features.ndim != 3:
             raise RuntimeError(f"{self.name} gave features of shape {tuple(features.shape)}, not (N, v, d)")
         return features

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from flamingo import vision
 from flamingo.errors import InputError
-from flamingo.vision import fingerprint, load_vision_encoder
+from flamingo.onednn import PackedLinear, pack_matrices
+from flamingo.vision import HuggingFaceClipEncoder, fingerprint, load_vision_encoder
 
 TINY = {
     "embed_dim": 16,
@@ -68,6 +70,37 @@ def test_a_hugging_face_clip(tmp_path, norm, class_token):
     from PIL import Image
 
     assert encoder.preprocess(Image.new("L", (50, 40))).shape == (3, 32, 32)
+
+
+def test_many_pictures_are_encoded_a_few_at_a_time(tmp_path, monkeypatch):
+    save_open_clip(tmp_path / "clip", TINY)
+    encoder, pixels, counts = load_vision_encoder(f"local-dir:{tmp_path / 'clip'}"), torch.randn(5, 3, 32, 32), []
+    together = encoder(pixels)
+    monkeypatch.setattr(vision, "PIXELS_AT_ONCE", 2 * 32 * 32)
+    patch_features = encoder.patch_features
+    monkeypatch.setattr(encoder, "patch_features", lambda some: counts.append(len(some)) or patch_features(some))
+    torch.testing.assert_close(encoder(pixels), together)
+    assert counts == [2, 2, 1]
+    monkeypatch.setattr(vision, "PIXELS_AT_ONCE", 1)  # a picture larger than that goes alone
+    assert encoder(pixels[:2]).shape == together[:2].shape and counts[3:] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "timm", "hugging face"])
+def test_matrices_of_every_kind_of_tower_can_be_packed(tmp_path, kind):
+    timm = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "image_size": 224}
+    if kind == "hugging face":
+        config = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                  image_size=32, patch_size=16)  # fmt: skip
+        encoder = HuggingFaceClipEncoder(CLIPVisionModel(config), kind, lambda picture: picture)
+    else:
+        save_open_clip(tmp_path / "clip", TINY | ({"vision_cfg": timm} if kind == "timm" else {}))
+        encoder = load_vision_encoder(f"local-dir:{tmp_path / 'clip'}")
+    encoder.to(torch.bfloat16)
+    pixels = torch.randn(2, 3, *encoder.image_size).to(torch.bfloat16)
+    before = encoder(pixels)
+    pack_matrices(encoder)
+    assert any(isinstance(module, PackedLinear) for module in encoder.modules())
+    torch.testing.assert_close(encoder(pixels), before, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("norm", [True, False])
