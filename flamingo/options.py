@@ -155,7 +155,7 @@ def model_settings(options: TrainingOptions) -> dict:
 def read_json(path: Path) -> dict:
     """A JSON file of a run folder. Raises InputError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.parent} is no finished run: it has no {path.name}") from None
     except ValueError as error:

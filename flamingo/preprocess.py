@@ -57,7 +57,7 @@ class Preprocess:
     @classmethod
     def load(cls, folder: Path) -> "Preprocess":
         try:
-            return cls(json.loads((folder / FILE).read_text()))
+            return cls(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise InputError(f"{folder} does not say how pictures are prepared: it has no {FILE}") from None
         except (ValueError, TypeError) as error:

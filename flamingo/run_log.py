@@ -47,14 +47,14 @@ class RunLog:
         self.first_step: float | None = None
         self.began = time.time()
         self._take_up(folder / "metrics.jsonl", steps_done)
-        self.metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 (open as long as the run)
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         if skipped:
-            (folder / "skipped.txt").write_text("\n".join(skipped) + "\n")
+            (folder / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
             print(f"{len(skipped)} pictures or captions were left out: see {folder}/skipped.txt")
 
     def _take_up(self, file: Path, steps_done: int) -> None:
         """A resumed run: what was told up to the point it goes on from counts; what came after will be told again."""
-        lines = file.read_text().splitlines() if steps_done else []
+        lines = file.read_text(encoding="utf-8").splitlines() if steps_done else []
         kept = [entry for entry in map(_entry, lines) if entry and entry["step"] <= steps_done]
         write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
         steps = [entry for entry in kept if "loss" in entry]

@@ -5,7 +5,6 @@ import copy
 import ctypes
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -229,10 +228,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return _counts(model.parameters())
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Of the GPU on a GPU, else of the whole process."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Of the GPU on a GPU, else of the whole process; None on Windows, where Python does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # not part of Python on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

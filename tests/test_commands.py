@@ -122,6 +122,20 @@ def test_a_folder_of_pictures_trains_and_evaluates(tmp_path):
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["exact_match_novel"] is None
 
 
+def test_every_module_can_be_imported_where_python_lacks_the_modules_of_unix():
+    code = """
+import importlib, pkgutil, sys
+import datasets, matplotlib.pyplot, open_clip, transformers.pipelines  # these need them on Unix
+sys.modules.update(fcntl=None, resource=None)  # as on Windows
+import flamingo, train, evaluate
+for module in pkgutil.walk_packages(flamingo.__path__, "flamingo."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 # --------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("arguments, reason", [
     (["--preset", "opt-66b"], "unknown preset 'opt-66b': choose one of classroom, opt-125m, gpt2"),

@@ -1,11 +1,14 @@
 """Features of the frozen encoder: computed once, trusted only as far as they can be, and never half-written."""
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import EOC, IMAGE, TinyEncoder, tiny_flamingo
+from filelock import FileLock
 from test_data import photograph
 
 from flamingo.data import feature_cache
@@ -82,6 +85,19 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path, encoder, capsys):
     assert encoder.tower.calls == 1 + 18 and "32 are there already" in capsys.readouterr().out
     torch.testing.assert_close(cache[0:50].float()[:, 0], encoder(Pictures().pixels[:, 0]), rtol=1e-3, atol=1e-3)
     assert build(tmp_path, encoder)._fault() is None
+
+
+def test_a_second_run_waits_until_the_first_has_built(tmp_path, encoder, capsys):
+    second, said = threading.Thread(target=build, args=(tmp_path, encoder)), ""
+    with FileLock(tmp_path / "lock"):  # the first
+        second.start()
+        deadline = time.monotonic() + 60
+        while "waiting" not in said and time.monotonic() < deadline:
+            said += capsys.readouterr().out
+        assert "another run is building it; waiting" in said
+        assert second.is_alive() and not (tmp_path / "features.npy").exists()
+    second.join()
+    assert build(tmp_path, encoder).finished() == 50
 
 
 def test_a_stale_cache_is_built_again_and_said(tmp_path, capsys):

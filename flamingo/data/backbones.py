@@ -336,7 +336,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     report_file = args.out / "report.json"
     if args.clip_only:
-        report = json.loads(report_file.read_text())
+        report = json.loads(report_file.read_text(encoding="utf-8"))
     else:
         report = pretrain_lm(args.out, args.lm_steps, device)
         report_file.write_text(json.dumps(report, indent=2) + "\n")

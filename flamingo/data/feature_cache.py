@@ -13,7 +13,6 @@ where it stopped. A cache of other weights, another preprocessing or other pictu
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -93,8 +93,7 @@ class FeatureCache:
         cache = cls(folder, len(pictures), shape, key)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
-        with lock, _only_one_builder(lock, folder):
+        with _only_one_builder(folder):
             fault = cache._fault()
             if fault:
                 print(f"feature cache {folder}: {fault}; building it again")
@@ -120,7 +119,7 @@ class FeatureCache:
         if not self.meta.exists():
             return None if not self.features.exists() else "it has no meta.json"
         try:
-            made_of = json.loads(self.meta.read_text())["key"]
+            made_of = json.loads(self.meta.read_text(encoding="utf-8"))["key"]
         except (ValueError, KeyError, TypeError):
             return "its meta.json is damaged"
         if made_of != self.key:
@@ -200,14 +199,19 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _only_one_builder(lock, folder: Path) -> Iterator[None]:
+def _only_one_builder(folder: Path) -> Iterator[None]:
     """Two runs may want the same cache: the second waits for the first. A lock ends with its process."""
+    lock = FileLock(folder / "lock")
+    with _writing(folder):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"feature cache {folder}: another run is building it; waiting")
+            lock.acquire()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"feature cache {folder}: another run is building it; waiting")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    yield
+        yield
+    finally:
+        lock.release()
 
 
 class _PreparedPictures(Dataset):

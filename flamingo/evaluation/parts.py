@@ -27,7 +27,7 @@ class Parts:
         if not self.path.exists():
             return
         try:
-            kept = json.loads(self.path.read_text())
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
             same, done = kept["arguments"] == self.arguments, kept["parts"]
         except (OSError, ValueError, KeyError, TypeError):
             print("the unfinished evaluation in this folder cannot be read: starting anew", file=sys.stderr)
