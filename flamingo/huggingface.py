@@ -112,27 +112,27 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
         pixel_values: (B, T_img, F, C, H, W); without F still pictures; (T_img, C, H, W) is one text with T_img
         pictures, as in flamingo-mini.
         """
-        pixel_values = self._six_dimensional(pixel_values, texts=1)
+        pixel_values = self._six_dimensional(pixel_values, texts=None)
         texts = len(pixel_values)
         bank = self.flamingo.encode_images(rearrange(pixel_values, "B T F C H W -> (B T) F C H W"))
         index = torch.arange(len(bank), device=bank.device).view(texts, -1)
         return rearrange(self.flamingo.tokenize_images(bank, index), "(B T) n d -> B T n d", B=texts)
 
     @staticmethod
-    def _six_dimensional(pixel_values: Tensor, texts: int) -> Tensor:
-        """→ (B, T_img, F, C, H, W). Four dimensions are one picture for each text, or all for a single text."""
-        if pixel_values.ndim == 4 and len(pixel_values) == texts:
-            return rearrange(pixel_values, "B C H W -> B 1 1 C H W")
-        if pixel_values.ndim == 4 and texts == 1:
-            return rearrange(pixel_values, "T C H W -> 1 T 1 C H W")
-        if pixel_values.ndim == 5 and len(pixel_values) == texts:
-            return rearrange(pixel_values, "B T C H W -> B T 1 C H W")
-        if (pixel_values.ndim == 6 and len(pixel_values) == texts) or (texts == 1 and pixel_values.ndim > 4):
-            return pixel_values if pixel_values.ndim == 6 else rearrange(pixel_values, "B T C H W -> B T 1 C H W")
-        raise ValueError(
-            f"pixel_values of shape {tuple(pixel_values.shape)} do not fit {texts} texts: give (B, C, H, W), "
-            "(B, T_img, C, H, W) or (B, T_img, F, C, H, W)"
-        )
+    def _six_dimensional(pixel_values: Tensor, texts: int | None) -> Tensor:
+        """→ (B, T_img, F, C, H, W). Four dimensions are all pictures of a single text, or one picture for each of
+        several. texts: how many there are; None if pictures come without texts."""
+        six = pixel_values
+        if six.ndim == 4:
+            six = rearrange(six, "T C H W -> 1 T C H W" if texts in (None, 1) else "B C H W -> B 1 C H W")
+        if six.ndim == 5:
+            six = rearrange(six, "B T C H W -> B T 1 C H W")
+        if six.ndim != 6 or texts not in (None, len(six)):
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} do not fit {texts or 'any'} texts: give "
+                "(B, C, H, W), (B, T_img, C, H, W) or (B, T_img, F, C, H, W)"
+            )
+        return six
 
     def _pictures(
         self,
@@ -218,10 +218,10 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Continue texts, prompt included: `Flamingo.generate` with the arguments of `forward`."""
         latents, index = self._pictures(input_ids, media_locations, pixel_values, visual_features, image_index)
-        pictures = {"blind": True} if latents is None else {"latents": latents, "image_index": index}
         return self.flamingo.generate(
-            input_ids, attention_mask, **pictures, media_locations=media_locations, **generation_options
-        )
+            input_ids, attention_mask, latents=latents, image_index=index, blind=latents is None,
+            media_locations=media_locations, **generation_options,
+        )  # fmt: skip
 
     def generate_captions(
         self,
@@ -264,8 +264,8 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
         """Log-likelihood (B, K) of K candidate continuations: `Flamingo.score_sequences` with these arguments."""
         latents, index = self._pictures(input_ids, media_locations, pixel_values, visual_features, image_index)
         return self.flamingo.score_sequences(
-            input_ids, candidates, attention_mask, latents=latents, image_index=index, media_locations=media_locations,
-            mean=mean,
+            input_ids, candidates, attention_mask, latents=latents, image_index=index, blind=latents is None,
+            media_locations=media_locations, mean=mean,
         )  # fmt: skip
 
 

@@ -139,6 +139,23 @@ def test_reading_on_from_a_cache_equals_reading_at_once(model, processor):
     torch.testing.assert_close(torch.cat([read.logits, on], dim=1), whole, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_candidates_are_scored_with_a_picture_and_without(model, processor):
+    """Without one as the language model alone does: <image> is there, and nothing to see."""
+    inputs = processor(images=PICTURES[:1], text="<image> a")
+    candidates = [processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in (" dog", " red cat")]
+    seen = model.score_sequences(candidates=candidates, **inputs)
+    pixels = inputs.pop("pixel_values")
+    blind = model.score_sequences(candidates=candidates, **inputs)
+    assert not torch.allclose(seen, blind)
+    for scores, pictures in ((seen, {"pixel_values": pixels}), (blind, {})):
+        for k, candidate in enumerate(candidates):
+            ids = torch.cat([inputs["input_ids"], torch.tensor([candidate])], dim=1)
+            said = model(ids, **pictures).logits.log_softmax(-1)[0, -len(candidate) - 1 : -1]
+            expected = said.gather(1, torch.tensor(candidate)[:, None]).sum()
+            torch.testing.assert_close(scores[0, k], expected, atol=1e-4, rtol=1e-4)
+
+
 STRATEGIES = {
     "beams": {"num_beams": 3},
     "beams, several": {"num_beams": 3, "num_return_sequences": 2},
