@@ -36,6 +36,7 @@ class DecoupledEmbedding(nn.Embedding):
         super().__init__(rows, dim, embedding.padding_idx, device="meta")
         self.weight = embedding.weight.requires_grad_(False)  # shared, not copied: it may also be the head's
         self.first_id, self.count = first_id, count
+        self.num_embeddings = max(rows, first_id + count)
         self.scale = getattr(embedding, "embed_scale", 1.0)  # BioGPT and Gemma multiply their word vectors
         mean = embedding.weight.detach().float().mean(dim=0)
         self.additional_embedding = nn.Embedding(count, dim, _weight=mean.repeat(count, 1))
@@ -61,6 +62,7 @@ class DecoupledLinear(nn.Linear):
         super().__init__(dim, rows, bias=head.bias is not None, device="meta")
         self.weight, self.bias = head.weight, head.bias  # shared, not copied
         self.first_id, self.count = first_id, count
+        self.out_features = max(rows, first_id + count)
         self.additional_fc = nn.Linear(dim, count, bias=False)
         with torch.no_grad():
             self.additional_fc.weight.copy_(head.weight.float().mean(dim=0).expand(count, dim))

@@ -223,6 +223,10 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
             media_locations=media_locations, **generation_options,
         )  # fmt: skip
 
+    def compute_transition_scores(self, *args, **options) -> Tensor:
+        """Log-probability of each generated token: the language model's, which knows how many tokens there are."""
+        return self.flamingo.lang_encoder.compute_transition_scores(*args, **options)
+
     def generate_captions(
         self,
         processor: FlamingoProcessor,

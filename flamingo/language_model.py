@@ -195,6 +195,8 @@ class FlamingoLMMixin:
         first, count = min(added_token_ids), len(added_token_ids)
         self.set_input_embeddings(DecoupledEmbedding(self.get_input_embeddings(), first, count))
         self.set_output_embeddings(DecoupledLinear(self.get_output_embeddings(), first, count))
+        # By this number transformers finds a token and its beam again among the scores of all beams.
+        self.config.get_text_config().vocab_size = self.get_output_embeddings().out_features
         allow_packing(self)
 
     def _get_decoder_layers(self) -> list[FlamingoLayer]:

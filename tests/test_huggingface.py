@@ -177,6 +177,15 @@ def test_every_strategy_generates_and_never_an_image_or_padding(model, processor
     assert not (new == processor.media_token_id).any() and not (new == processor.pad_token_id).any()
 
 
+def test_the_scores_of_the_tokens_of_a_beam_add_up_to_the_score_of_the_beam(model, processor):
+    inputs = processor(images=PICTURES[:2], text=["<image> a", "<image>"])
+    made = model.generate(
+        **inputs, max_new_tokens=8, num_beams=3, length_penalty=0.0, output_scores=True, return_dict_in_generate=True
+    )
+    each = model.compute_transition_scores(made.sequences, made.scores, made.beam_indices)
+    torch.testing.assert_close(each.sum(dim=1), made.sequences_scores)
+
+
 def test_streamers_and_stopping_criteria_are_passed_on(model, processor, capsys):
     inputs = processor(images=PICTURES[0], text="<image> a")
     made = model.generate(**inputs, max_new_tokens=6, streamer=TextStreamer(processor.tokenizer))
