@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _check_ids(first_id: int, count: int, rows: int) -> None:
+def _vocabulary_size(rows: int, first_id: int, count: int) -> int:
+    """Of a table of `rows` with the added tokens. Raises ValueError if they do not fit to it."""
     if first_id > rows or first_id < rows < first_id + count:
         raise ValueError(
             f"the added token ids {first_id}..{first_id + count - 1} neither fit into the vocabulary of {rows} rows "
             "nor begin right behind it: is the tokenizer that of another language model?"
         )
+    return max(rows, first_id + count)
 
 
 class DecoupledEmbedding(nn.Embedding):
@@ -32,11 +34,9 @@ class DecoupledEmbedding(nn.Embedding):
 
     def __init__(self, embedding: nn.Embedding, first_id: int, count: int):
         rows, dim = embedding.weight.shape
-        _check_ids(first_id, count, rows)
-        super().__init__(rows, dim, embedding.padding_idx, device="meta")
+        super().__init__(_vocabulary_size(rows, first_id, count), dim, embedding.padding_idx, device="meta")
         self.weight = embedding.weight.requires_grad_(False)  # shared, not copied: it may also be the head's
         self.first_id, self.count = first_id, count
-        self.num_embeddings = max(rows, first_id + count)
         self.scale = getattr(embedding, "embed_scale", 1.0)  # BioGPT and Gemma multiply their word vectors
         mean = embedding.weight.detach().float().mean(dim=0)
         self.additional_embedding = nn.Embedding(count, dim, _weight=mean.repeat(count, 1))
@@ -58,11 +58,9 @@ class DecoupledLinear(nn.Linear):
 
     def __init__(self, head: nn.Linear, first_id: int, count: int):
         rows, dim = head.weight.shape
-        _check_ids(first_id, count, rows)
-        super().__init__(dim, rows, bias=head.bias is not None, device="meta")
+        super().__init__(dim, _vocabulary_size(rows, first_id, count), bias=head.bias is not None, device="meta")
         self.weight, self.bias = head.weight, head.bias  # shared, not copied
         self.first_id, self.count = first_id, count
-        self.out_features = max(rows, first_id + count)
         self.additional_fc = nn.Linear(dim, count, bias=False)
         with torch.no_grad():
             self.additional_fc.weight.copy_(head.weight.float().mean(dim=0).expand(count, dim))

@@ -6,7 +6,7 @@ the same, and on a CPU in the order in which they are read (onednn.py).
 """
 
 from flamingo.modeling import VisionLanguageModel
-from flamingo.onednn import can_pack, pack_matrices
+from flamingo.onednn import pack_matrices
 from flamingo.training import hold_frozen_in_bf16
 
 
@@ -17,6 +17,5 @@ def prepare_to_generate(model: VisionLanguageModel, dtype: str) -> None:
     """
     if dtype == "bfloat16":
         hold_frozen_in_bf16(model, trained=True)
-    if next(model.parameters()).device.type == "cpu" and can_pack(dtype):
-        pack_matrices(model.perceiver)
-        pack_matrices(model.lang_encoder, keep_rows=True)
+    pack_matrices(model.perceiver)
+    pack_matrices(model.lang_encoder, keep_rows=True)

@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from flamingo.added_tokens import DecoupledLinear
 
 
-def can_pack(dtype: str) -> bool:
-    """Has this PyTorch oneDNN, and can oneDNN work in this dtype on this processor?"""
-    if not torch.backends.mkldnn.is_available():
+def can_pack(matrix: Tensor) -> bool:
+    """Is it a CPU that multiplies by this matrix, has this PyTorch oneDNN, and has oneDNN this dtype here?"""
+    if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return dtype == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    in_bf16 = matrix.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return in_bf16 or matrix.dtype == torch.float32
 
 
 def pack_matrices(module: nn.Module, keep_rows: bool = False) -> None:
     """Replace every linear layer by a `PackedLinear`, and that part of the head which is frozen. In place, for good:
-    what is packed gets no gradient and is not saved."""
+    what is packed gets no gradient and is not saved. What cannot be packed here stays as it is."""
     for name, child in module.named_children():
-        if type(child) is nn.Linear:
+        if type(child) is nn.Linear and can_pack(child.weight):
             setattr(module, name, PackedLinear(child, keep_rows))
-        elif isinstance(child, DecoupledLinear):
+        elif isinstance(child, DecoupledLinear) and can_pack(child.weight):
             child.packed = PackedLinear(child, keep_rows)
         else:
             pack_matrices(child, keep_rows)

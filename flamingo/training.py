@@ -18,7 +18,7 @@ from torch import nn
 from flamingo.data.batches import Batch
 from flamingo.errors import InputError
 from flamingo.modeling import Flamingo
-from flamingo.onednn import can_pack, pack_matrices
+from flamingo.onednn import pack_matrices
 from flamingo.options import TrainingOptions
 
 
@@ -118,8 +118,7 @@ def hold_frozen_in_bf16(model: Flamingo, *, trained: bool = False) -> None:
     them in float32.
     """
     model.vision_encoder.to(torch.bfloat16)
-    if next(model.parameters()).device.type == "cpu" and can_pack("bfloat16"):
-        pack_matrices(model.vision_encoder)
+    pack_matrices(model.vision_encoder)
     for module in list(model.modules()):
         weight = getattr(module, "weight", None)
         is_matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from flamingo.build import load_language_model
+from flamingo.checkpoint import write_json
 from flamingo.data import probes, scenes
 from flamingo.data.documents import document, naming_lines
 from flamingo.data.probes import PATCH
@@ -314,7 +315,7 @@ def save_clip(out: Path, config: dict, clip: nn.Module) -> None:
     (out / "clip").mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
     described = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (out / "clip" / "open_clip_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_json(out / "clip" / "open_clip_config.json", described)
     state = {name: value.detach().to(torch.float16).contiguous() for name, value in clip.state_dict().items()}
     save_file(state, out / "clip" / "open_clip_model.safetensors")
 
@@ -339,10 +340,10 @@ def main() -> None:
         report = json.loads(report_file.read_text(encoding="utf-8"))
     else:
         report = pretrain_lm(args.out, args.lm_steps, device)
-        report_file.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(report_file, report)
     lm, lm_tokenizer = load_language_model(str(args.out / "opt"))
     report |= pretrain_clip(args.out, lm, lm_tokenizer, args.clip_steps, device)
-    report_file.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(report_file, report)
     print(json.dumps(report, indent=2))
 
 

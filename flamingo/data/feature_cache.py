@@ -91,8 +91,6 @@ class FeatureCache:
         first = pictures[0]
         shape = (len(first), *encoder(first.to(device)).shape[1:])
         cache = cls(folder, len(pictures), shape, key)
-        with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         with _only_one_builder(folder):
             fault = cache._fault()
             if fault:
@@ -203,15 +201,14 @@ def _only_one_builder(folder: Path) -> Iterator[None]:
     """Two runs may want the same cache: the second waits for the first. A lock ends with its process."""
     lock = FileLock(folder / "lock")
     with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(blocking=False)
+            held = lock.acquire(blocking=False)
         except Timeout:
             print(f"feature cache {folder}: another run is building it; waiting")
-            lock.acquire()
-    try:
+            held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 class _PreparedPictures(Dataset):
