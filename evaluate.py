@@ -70,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
     from flamingo.evaluation.parts import Parts
     from flamingo.evaluation.report import write_report
     from flamingo.inference import prepare_to_generate
+    from flamingo.interop.selfcheck import check_decoding
     from flamingo.options import TrainingOptions, read_json
     from flamingo.training import pick_device
 
@@ -94,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         exam = captioned_exam(options, args.split, args.n, args.seed, columns)
     answerer = Answerer(model, processor, summary["dtype"])
+    check_decoding(model, answerer.autocast)
     todo = plan(exam, answerer, args)  # mistakes are found here, before anything is run
     weights = (args.run / WEIGHTS).stat()
     arguments = {name: str(value) for name, value in vars(args).items() if name not in ("run", "examples", "device")}

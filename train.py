@@ -29,6 +29,8 @@ def main(options: TrainingOptions) -> None:
     from flamingo.data.batches import Collate, batches
     from flamingo.data.feature_cache import with_cached_features
     from flamingo.data.sources import training_sets
+    from flamingo.evaluation.first_look import first_look
+    from flamingo.interop.selfcheck import check_decoding
     from flamingo.resume import FILE as RESUME_FILE
     from flamingo.resume import restore, save_resume_point
     from flamingo.run_log import RunLog
@@ -97,13 +99,17 @@ def main(options: TrainingOptions) -> None:
 
     # ------------------------------------------------------------------------------------------------- save
     save_model(folder, model, processor, config)
-    summary = log.summary(device, dtype) | counts
+    forward = lambda: training.autocast(device, dtype)  # noqa: E731
+    check_decoding(model, forward)  # raises where captions would be nonsense; the weights are safe by now
+    look = first_look(model, processor, validation_set, forward, options.seed)
+    summary = log.summary(device, dtype) | counts | {"validation_captions": look and look.facts}
     write_json(folder / "summary.json", summary)  # last: a run folder with a summary is a whole one
     (folder / RESUME_FILE).unlink()
     print(
-        f"done in {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
+        f"trained for {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
         f"{summary['final_val_loss_blind']:.3f} without\n"
-        f"look at {folder}/samples.png, then: python evaluate.py {folder}"
+        + (f"{look.sentence}\n" if look else "")
+        + f"look at {folder}/samples.png, then: python evaluate.py {folder}"
     )
     if device.type == "cuda" and options.preset == "classroom":
         free = torch.cuda.get_device_properties(device).total_memory / 2**30

@@ -1,6 +1,7 @@
 """Caption picture files from the shell.
 
 python -m flamingo runs/classroom picture.png more.jpg          a line for each: the file, a tab, the caption
+python -m flamingo doctor                                       versions, hardware and a self-check, for bug reports
 """
 
 import sys
@@ -10,6 +11,10 @@ from flamingo.options import OneSentenceParser
 
 
 def main(argv: list[str]) -> None:
+    if argv == ["doctor"]:
+        from flamingo.interop.doctor import doctor
+
+        return doctor()
     parser = OneSentenceParser(prog="python -m flamingo", description="Caption picture files.", allow_abbrev=False)
     parser.add_argument("run", help="run folder that train.py wrote, or a model on the hub")
     parser.add_argument("pictures", nargs="+", help="picture files")

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flamingo.interop import compat
+
 
 def _vocabulary_size(rows: int, first_id: int, count: int) -> int:
     """Of a table of `rows` with the added tokens. Raises ValueError if they do not fit to it."""
@@ -37,7 +39,7 @@ class DecoupledEmbedding(nn.Embedding):
         super().__init__(_vocabulary_size(rows, first_id, count), dim, embedding.padding_idx, device="meta")
         self.weight = embedding.weight.requires_grad_(False)  # shared, not copied: it may also be the head's
         self.first_id, self.count = first_id, count
-        self.scale = getattr(embedding, "embed_scale", 1.0)  # BioGPT and Gemma multiply their word vectors
+        self.scale = compat.embedding_scale(embedding)
         mean = embedding.weight.detach().float().mean(dim=0)
         self.additional_embedding = nn.Embedding(count, dim, _weight=mean.repeat(count, 1))
 

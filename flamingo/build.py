@@ -4,6 +4,7 @@ import torch
 
 from flamingo.config import FlamingoConfig
 from flamingo.errors import InputError
+from flamingo.interop.compat import check_versions
 from flamingo.modeling import Flamingo
 from flamingo.options import resolve
 from flamingo.processor import FlamingoProcessor, add_flamingo_tokens
@@ -40,8 +41,9 @@ def build_flamingo(config: FlamingoConfig) -> tuple[Flamingo, FlamingoProcessor]
     """A Flamingo with fresh trained parts (seed torch first), and the processor that belongs to it.
 
     Fills in the config's dim, dim_visual and fingerprints. Raises InputError when a backbone cannot be loaded, has
-    another width than the config says, or other weights than the config's fingerprint.
+    another width than the config says, or other weights than the config's fingerprint; or a library is too old or new.
     """
+    check_versions()
     if not config.freeze_vision_model:
         raise InputError("freeze_vision_model must be true: Flamingo's vision encoder is frozen")
     vision_encoder = load_vision_encoder(

@@ -20,12 +20,14 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo.build import build_flamingo
 from flamingo.checkpoint import find_folder, load_model, save_model
 from flamingo.config import FlamingoConfig
+from flamingo.interop import compat
+from flamingo.interop.selfcheck import check_decoding
 from flamingo.language_model import FlamingoLayer
 from flamingo.loss import mean_loss, next_tokens
 from flamingo.modeling import Flamingo
@@ -49,6 +51,7 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FlamingoConfig, parts: tuple[Flamingo, FlamingoProcessor] | None = None):
         super().__init__(config)
         self.flamingo, self.processor = parts or build_flamingo(config)
+        self._decodes_rightly = False  # not checked yet
 
     # ------------------------------------------------------------------------------------------ load and save
     @classmethod
@@ -181,7 +184,8 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
         visual_features: Tensor | None = None,
         image_index: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values=None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **lm_options,
     ) -> CausalLMOutputWithPast:
@@ -189,17 +193,19 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, labels: (B, T_txt); labels are -100 where there is no loss.
-            media_locations: (B, T_txt) bool; at the <image> tokens if not given. With past_key_values, of the whole
+            media_locations: (B, T_txt) bool; at the <image> tokens if not given. With a cache, of the whole
                 text so far.
             pixel_values: see `encode_resample_visuals`; visual_features: what it returns. Neither: no pictures.
             image_index: (B, T_img); pixel_values or visual_features are then a bank (N, …), see `Flamingo`.
-            past_key_values, use_cache, lm_options (output_hidden_states, …): the language model's own.
+            cache, or past_key_values, its name before transformers 5.24: keys and values of the text so far.
+            use_cache, lm_options (output_hidden_states, …): the language model's own.
         """
         latents, index = self._pictures(input_ids, media_locations, pixel_values, visual_features, image_index)
         with self.flamingo.fuse(latents, index, media_locations=media_locations):
             output = self.flamingo.lang_encoder(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values,
-                use_cache=use_cache, **lm_options,
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache,
+                **compat.cache_argument(self.flamingo.lang_encoder, past_key_values if cache is None else cache),
+                **lm_options,
             )  # fmt: skip
         if labels is not None:
             output.loss = mean_loss(output.logits.flatten(0, 1), next_tokens(labels).flatten())
@@ -244,6 +250,9 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
             raise ValueError("give images or pixel_values, one of them")
         if prompt.count(MEDIA_TOKEN) != 1:
             raise ValueError(f"the prompt {prompt!r} must have exactly one {MEDIA_TOKEN}: each picture has a text")
+        if not self._decodes_rightly:
+            check_decoding(self.flamingo)
+            self._decodes_rightly = True
         if pixel_values is None:
             pixel_values = processor.preprocess_images(images)
         elif pixel_values.ndim == 4:

@@ -14,7 +14,6 @@ names of its methods follow open_flamingo.)
 """
 
 import functools
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flamingo.added_tokens import DecoupledEmbedding, DecoupledLinear
 from flamingo.cross_attention import GatedCrossAttentionBlock, Sight, sight_of_next_token, who_sees_what
+from flamingo.interop import compat
 from flamingo.loss import loss_by_parts, mean_loss, next_tokens
 from flamingo.packing import Packing, allow_packing, packing_of
 
@@ -183,6 +183,7 @@ class FlamingoLMMixin:
         self._image_index: Tensor | None = None
         self._media_locations: Tensor | None = None
         self._images_read: Tensor | None = None
+        self._is_generating, self._tokens_read = False, 0
 
         _, layers = find_decoder_layers(self, decoder_layers_attr_name)
         dim = self.get_input_embeddings().embedding_dim if not hasattr(self.config, "hidden_size") else None
@@ -222,6 +223,7 @@ class FlamingoLMMixin:
         """
         try:
             self._latents, self._image_index, self._media_locations = latents, image_index, media_locations
+            self._is_generating = use_cached_media
             for layer in self._get_decoder_layers():
                 layer.condition_vis_x(latents)
                 layer.condition_use_cached_media(use_cached_media)
@@ -232,6 +234,7 @@ class FlamingoLMMixin:
     def clear_conditioned_layers(self) -> None:
         """Forget all pictures: the model is the plain language model again."""
         self._latents = self._image_index = self._media_locations = self._images_read = None
+        self._is_generating, self._tokens_read = False, 0
         for layer in self._get_decoder_layers():
             layer.clear_conditioned()
 
@@ -247,7 +250,7 @@ class FlamingoLMMixin:
     def positions_of(self, attention_mask: Tensor, last: int | None = None) -> dict[str, Tensor]:
         """{"position_ids": (B, T_txt)} for texts padded on the left, of the `last` tokens if said; empty for models
         that have no such argument. (`generate` does this by itself, and models that learn positions need it.)"""
-        if "position_ids" not in inspect.signature(self.forward).parameters:
+        if not compat.takes_position_ids(self):
             return {}
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         return {"position_ids": positions if last is None else positions[:, -last:]}
@@ -279,9 +282,10 @@ class FlamingoLMMixin:
         packing: lay the texts end to end for it, without their padding; what comes back lies so too.
         """
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
-        cache = kwargs.get("past_key_values")
-        read = cache.get_seq_length() if cache is not None else 0  # tokens of earlier calls
+        cache = compat.find_cache((*args, *kwargs.values()))
+        read = compat.tokens_read(cache)  # tokens of earlier calls
         self._check_length(input_ids, read)
+        self._check_that_texts_grow(input_ids, cache)
         if self._latents is not None:
             sight = self._sight(input_ids, read)
             sight.packing = packing
@@ -294,7 +298,7 @@ class FlamingoLMMixin:
     @property
     def max_positions(self) -> int | None:
         """Tokens of the longest text; None for a model that sets no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return compat.max_positions(self)
 
     def _check_length(self, input_ids: Tensor | None, read: int) -> None:
         if input_ids is None:
@@ -307,6 +311,15 @@ class FlamingoLMMixin:
                 f"a text of {length} tokens is longer than the {positions} positions of {self.config.model_type}: "
                 "shorten it, or give fewer pictures with their captions"
             )
+
+    def _check_that_texts_grow(self, input_ids: Tensor | None, cache) -> None:
+        """While a text is generated each call reads all of it again, or comes with a cache of what was read before. One
+        that does neither would take the next token for the beginning of a text, and every caption would be nonsense."""
+        if input_ids is None or not self._is_generating:
+            return
+        if cache is None and input_ids.shape[1] <= self._tokens_read:
+            raise compat.unlike("transformers", "goes on with a text without handing over the cache of its beginning")
+        self._tokens_read = compat.tokens_read(cache) + input_ids.shape[1]
 
     def _sight(self, input_ids: Tensor | None, read: int) -> Sight:
         """Who sees what in this call: a text from its beginning, or the next tokens of one that has been read."""

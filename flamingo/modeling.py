@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flamingo.interop import compat
 from flamingo.language_model import FlamingoLMMixin, extend_instance, find_decoder_layers, layers_with_cross_attention
 from flamingo.resampler import PerceiverResampler
 
@@ -79,6 +80,11 @@ class VisionLanguageModel(nn.Module):
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Name → tensor of everything that trains, and nothing else."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    @property
+    def latents_shape(self) -> tuple[int, int]:
+        """(n, d) of a picture's latents."""
+        return tuple(self.perceiver.latents.shape)
 
     # ------------------------------------------------------------------------------------ encode, tokenize
     def encode_images(self, pixel_values: Tensor) -> Tensor:
@@ -261,13 +267,13 @@ class VisionLanguageModel(nn.Module):
         with self.fuse(latents, image_index, generating=True, media_locations=media_locations):
             options = self.lang_encoder.positions_of(attention_mask)
             read = self.lang_encoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options)
-            cache = read.past_key_values
+            cache = compat.cache_of(read)
             cache.batch_repeat_interleave(count)
             self.lang_encoder.repeat_texts(count)
             whole_mask = torch.cat([attention_mask.repeat_interleave(count, dim=0), real], dim=1)
             options = self.lang_encoder.positions_of(whole_mask, last=length)
             continued = self.lang_encoder(
-                input_ids=ids, attention_mask=whole_mask, past_key_values=cache, **options
+                input_ids=ids, attention_mask=whole_mask, **compat.cache_argument(self.lang_encoder, cache), **options
             ).logits
         before = read.logits[:, -1:].repeat_interleave(count, dim=0)
         logits = torch.cat([before, continued[:, :-1]], dim=1).float()  # (B·K, L, vocabulary): what comes next

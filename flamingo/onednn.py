@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo.added_tokens import DecoupledLinear
+from flamingo.interop import compat
 
 
 def can_pack(matrix: Tensor) -> bool:
     """Is it a CPU that multiplies by this matrix, has this PyTorch oneDNN, and has oneDNN this dtype here?"""
-    if matrix.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    in_bf16 = matrix.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return in_bf16 or matrix.dtype == torch.float32
+    return matrix.device.type == "cpu" and compat.has_onednn(matrix.dtype)
 
 
 def pack_matrices(module: nn.Module, keep_rows: bool = False) -> None:
@@ -46,21 +44,12 @@ class PackedLinear(nn.Module):
         weight = linear.weight.detach()
         self.dtype = weight.dtype
         self.rows = weight if keep_rows and self.dtype == torch.bfloat16 else None
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.weight = compat.onednn_order(weight)
         self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         if self.rows is not None and x.numel() == x.shape[-1]:
-            return linear_without_onednn(x, self.rows, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def linear_without_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch takes oneDNN for every product in bfloat16 unless it is switched off, for the whole process."""
-    was_enabled = torch.backends.mkldnn.enabled
-    try:
-        torch.backends.mkldnn.enabled = False
-        return F.linear(x, weight, bias)
-    finally:
-        torch.backends.mkldnn.enabled = was_enabled
+            with compat.without_onednn():
+                return F.linear(x, self.rows, self.bias)
+        return compat.onednn_linear(x, self.weight, self.bias)

@@ -12,9 +12,8 @@ Letters: B texts, T_txt tokens of the longest, R real tokens of all texts togeth
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from flamingo.interop import compat
 
 # Language models, by `config.model_type`, that hand what else they are called with on to their attention, and whose
 # attention needs no more of a token than its position. All others train on padded texts.
@@ -56,7 +55,7 @@ class Packing:
 
 def packing_of(attention_mask: Tensor | None, lm: nn.Module) -> Packing | None:
     """None if there is nothing to gain, or the language model cannot be called so: see `allow_packing`."""
-    if attention_mask is None or lm.config._attn_implementation != ATTENTION:
+    if attention_mask is None or compat.attention_name(lm) != ATTENTION:
         return None
     real = attention_mask.bool()
     on_the_right = bool((real[:, :-1] >= real[:, 1:]).all())
@@ -65,8 +64,8 @@ def packing_of(attention_mask: Tensor | None, lm: nn.Module) -> Packing | None:
 
 def allow_packing(lm: nn.Module) -> None:
     """Let the language model be called with texts laid end to end, if it is one of `PACKABLE` with sdpa attention."""
-    if lm.config.model_type in PACKABLE and lm.config._attn_implementation == "sdpa":
-        lm.set_attn_implementation(ATTENTION)
+    if lm.config.model_type in PACKABLE and compat.attention_name(lm) == "sdpa":
+        compat.set_attention(lm, ATTENTION)
 
 
 def packed_attention(
@@ -79,12 +78,11 @@ def packed_attention(
     attention is causal, and padding is behind all that is real.
     """
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return compat.sdpa(module, query, key, value, attention_mask, **options), None
     rows = (packing.unpack(rearrange(t, "1 h R c -> 1 R h c")) for t in (query, key, value))
     query, key, value = (rearrange(t, "B t h c -> B h t c") for t in rows)
-    out, _ = sdpa_attention_forward(module, query, key, value, None, **options)  # (B, T_txt, h, c)
+    out = compat.sdpa(module, query, key, value, None, **options)  # (B, T_txt, h, c)
     return packing.pack(out), None
 
 
-AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+compat.register_attention(ATTENTION, packed_attention)

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flamingo.errors import InputError
+from flamingo.interop import compat
 
 FILE = "preprocessor_config.json"
 
@@ -40,9 +41,7 @@ class Preprocess:
         self.settings = settings
         rest = {name: value for name, value in settings.items() if name not in ("library", "processor_class")}
         if settings.get("library") == "open_clip":
-            from open_clip.transform import PreprocessCfg, image_transform_v2
-
-            self._apply = image_transform_v2(PreprocessCfg(**rest), is_train=False)
+            self._apply = compat.open_clip_transform(rest)
         elif settings.get("library") == "transformers":
             from transformers import CLIPImageProcessor
 

@@ -10,18 +10,15 @@ Names: `ViT-L-14-quickgelu:openai` (open_clip name : pretrained tag), `hf-hub:â€
 towers may be open_clip's own or timm's), or a Hugging Face CLIP id or folder (`openai/clip-vit-base-patch32`).
 """
 
-import contextlib
 import hashlib
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from flamingo.errors import InputError
+from flamingo.interop import compat
 from flamingo.options import resolve
 from flamingo.preprocess import Preprocess
 
@@ -88,8 +85,7 @@ class OpenClipEncoder(VisionEncoder):
         self, tower: nn.Module, name: str, preprocess: Preprocess, norm: bool = True, class_token: bool = False
     ):
         super().__init__(tower, name, preprocess, norm, class_token)
-        trunk = getattr(tower, "trunk", tower)  # timm's tower inside open_clip's
-        if class_token and getattr(trunk, "cls_token", getattr(trunk, "class_embedding", None)) is None:
+        if class_token and not compat.has_class_token(tower):
             raise InputError(f"the vision encoder {name} has no class token: set vision_class_token to false")
         size = tower.image_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
@@ -97,17 +93,7 @@ class OpenClipEncoder(VisionEncoder):
             self.dim = self.patch_features(torch.zeros(1, 3, *self.image_size)).shape[-1]
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
-        # The way that serves timm towers as well; `visual(x)[1]` would silently be their second picture.
-        result = self.tower.forward_intermediates(
-            pixel_values, indices=1, normalize_intermediates=self.norm, intermediates_only=True, output_fmt="NLC",
-            output_extra_tokens=self.class_token,
-        )  # fmt: skip
-        features = result["image_intermediates"][-1]
-        if self.class_token:  # the first of the extra tokens; timm towers may have others
-            features = torch.cat([result["image_intermediates_prefix"][-1][:, :1], features], dim=1)
-        if features.ndim == 4:  # a convolutional timm tower
-            features = rearrange(features, "N d H W -> N (H W) d")
-        return features
+        return compat.open_clip_patches(self.tower, pixel_values, norm=self.norm, class_token=self.class_token)
 
 
 class HuggingFaceClipEncoder(VisionEncoder):
@@ -121,18 +107,13 @@ class HuggingFaceClipEncoder(VisionEncoder):
         self.dim = tower.config.hidden_size
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
-        tokens = self.tower(pixel_values=pixel_values).last_hidden_state  # (N, 1 + v, d), before the final norm
-        tokens = tokens if self.class_token else tokens[:, 1:]
-        post_layernorm = getattr(self.tower, "vision_model", self.tower).post_layernorm
-        return post_layernorm(tokens) if self.norm else tokens
+        return compat.hugging_face_patches(self.tower, pixel_values, norm=self.norm, class_token=self.class_token)
 
 
 def _quick_gelu_must_match(model_name: str, pretrained: str) -> None:
     """open_clip only warns when weights trained with QuickGELU meet a model without it; the features are wrong then."""
-    import open_clip
-
-    trained_with = (open_clip.get_pretrained_cfg(model_name, pretrained) or {}).get("quick_gelu", False)
-    if trained_with != open_clip.get_model_config(model_name).get("quick_gelu", False):
+    trained_with, computes = compat.trained_with_quick_gelu(model_name, pretrained)
+    if trained_with != computes:
         other = f"{model_name}-quickgelu" if trained_with else model_name.removesuffix("-quickgelu")
         what = "with" if trained_with else "without"
         raise InputError(f"the weights {pretrained} were trained {what} QuickGELU: ask for {other}:{pretrained}")
@@ -156,7 +137,7 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
             )
         _quick_gelu_must_match(model_name, pretrained)
     try:
-        with _quiet_open_clip():
+        with compat.quiet_open_clip():
             clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
     except json.JSONDecodeError as error:
         raise InputError(f"the config of {name} is not JSON: {error}") from error
@@ -164,16 +145,6 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
         raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
     preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
     return OpenClipEncoder(clip.visual, name, preprocess, norm, class_token)  # the text tower is dropped
-
-
-@contextlib.contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """It logs to the root logger, and what goes wrong is said by our own sentence."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:

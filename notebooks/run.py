@@ -64,8 +64,10 @@ def clean(notebook) -> None:
 
 
 def _without_places(text: str) -> str:
-    for place, said in PLACES.items():
-        text = text.replace(place, said)
+    for place in sorted(
+        PLACES, key=len, reverse=True
+    ):  # the environment may lie inside the repository
+        text = text.replace(place, PLACES[place])
     return text
 
 

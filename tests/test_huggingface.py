@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from flamingo import FlamingoConfig, FlamingoModel, FlamingoProcessor, InputError
 from flamingo.data import scenes
+from flamingo.interop import compat
 from flamingo.options import PRESETS
 
 PICTURES = [scenes.make_scene(0, "test", i).draw() for i in range(3)]
@@ -116,7 +117,7 @@ def test_one_caption_for_each_picture(model, processor):
 
 # ----------------------------------------------------------------------------------------- forward, generate
 def test_forward_shows_its_arguments_and_has_a_loss(model, processor):
-    assert {"pixel_values", "media_locations", "labels", "past_key_values"} <= set(
+    assert {"pixel_values", "media_locations", "labels", "cache", "past_key_values"} <= set(
         inspect.signature(model.forward).parameters
     )
     inputs = processor(images=PICTURES[:1], text=processor.prepare_caption("a dog"), padding_side="right")
@@ -135,8 +136,18 @@ def test_reading_on_from_a_cache_equals_reading_at_once(model, processor):
     first["pixel_values"] = first["pixel_values"][:, :1]
     read = model(**first, use_cache=True)
     rest = {**inputs, "input_ids": inputs["input_ids"][:, 4:]}
-    on = model(**rest, past_key_values=read.past_key_values).logits
+    on = model(**rest, cache=compat.cache_of(read)).logits
     torch.testing.assert_close(torch.cat([read.logits, on], dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names(model, processor):
+    inputs = processor(images=PICTURES[:1], text="<image> a dog")
+    first = {**inputs, **{k: inputs[k][:, :3] for k in ("input_ids", "attention_mask", "media_locations")}}
+    rest = {**inputs, "input_ids": inputs["input_ids"][:, 3:]}
+    logits = [model(**rest, **{name: compat.cache_of(model(**first, use_cache=True))}).logits
+              for name in ("cache", "past_key_values")]  # fmt: skip
+    assert torch.equal(*logits)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from flamingo.added_tokens import DecoupledLinear
 from flamingo.cross_attention import captions_each
 from flamingo.errors import InputError
 from flamingo.inference import prepare_to_generate
+from flamingo.interop import compat
 from flamingo.loss import loss_by_parts, mean_loss
 from flamingo.onednn import PackedLinear
 from flamingo.options import parse_training_options
@@ -216,7 +217,9 @@ def test_no_frozen_weight_gets_a_gradient_or_an_optimizer_state(texts, pictures)
 def test_training_keeps_no_keys_and_values_for_a_text_that_is_not_continued(texts, pictures):
     model, caches = tiny_flamingo(), []
     layer = model.lang_encoder.model.decoder.layers[0]
-    layer.register_forward_pre_hook(lambda _, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True)
+    layer.register_forward_pre_hook(
+        lambda _, args, kwargs: caches.append(compat.find_cache(kwargs.values())), with_kwargs=True
+    )
     model(texts, pixel_values=pictures)
     assert caches == [None]
 

@@ -43,6 +43,7 @@ from flamingo.checkpoint import write_json
 from flamingo.data import probes, scenes
 from flamingo.data.documents import document, naming_lines
 from flamingo.data.probes import PATCH
+from flamingo.interop import compat
 from flamingo.training import use_plain_attention, warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
@@ -199,8 +200,7 @@ def patch_names(scene: scenes.Scene, names: dict[str, int]) -> np.ndarray:
 
 def encode_image(clip: open_clip.CLIP, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels → class embedding (N, E) and patch tokens (N, 36, d)."""
-    result = clip.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
-    return result["image_features"], result["image_intermediates"][0]
+    return compat.open_clip_image_and_patches(clip.visual, pixels)
 
 
 def encode_text(clip: open_clip.CLIP, ids: Tensor) -> Tensor:

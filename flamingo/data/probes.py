@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flamingo.data import scenes
+from flamingo.interop import compat
 
 PATCH = 16  # pixels, of the classroom CLIP
 
@@ -38,9 +39,9 @@ def _told(split: str, count: int, layouts: tuple[str, ...]) -> list[scenes.Scene
 def _tokens(clip, to_pixels, told: list[scenes.Scene]) -> Tensor:
     """(N, 36, d) patch tokens, as Flamingo reads them."""
     batches = [told[i : i + 256] for i in range(0, len(told), 256)]
-    read = dict(indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC")
     pixels = (to_pixels([scene.draw() for scene in batch]) for batch in batches)
-    return torch.cat([clip.visual.forward_intermediates(p, **read)["image_intermediates"][0].float() for p in pixels])
+    read = dict(norm=True, class_token=False)
+    return torch.cat([compat.open_clip_patches(clip.visual, p, **read).float() for p in pixels])
 
 
 def probe_patches(clip, to_pixels, patch_names, names: dict[str, int], pictures: int = PICTURES) -> float:

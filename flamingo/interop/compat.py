@@ -1,0 +1,238 @@
+"""What we rely on in other libraries' insides, in one room.
+
+What this file teaches: a public function keeps its promise from one release to the next; the name of an argument deep
+inside may not. transformers 5.24 renamed `past_key_values` to `cache`, and a model that looked for the old name took
+every decode step for the beginning of a text. So a thing is recognised by what it *is*, not by what it is called, and
+what is not found is an error that names the version. Nothing else in this repository names
+
+    transformers    the cache among a model's arguments and outputs, position ids, the attention interface, embed_scale
+    torch           oneDNN's own order of a matrix, an assertion that does not wait for a GPU
+    open_clip       patch tokens of a tower (its own or timm's), its pictures' settings, QuickGELU
+
+This file imports nothing of ours but the error.
+"""
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from flamingo.errors import InputError
+
+# Package, the versions that work: from this one on, before that one. (As in requirements.txt; a test compares.)
+WORKING = {
+    "torch": ("2.6", None),
+    "transformers": ("5.4", "6"),
+    "open_clip_torch": ("3.2", None),
+    "datasets": ("4.4", None),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- versions
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def range_of(package: str) -> str:
+    """Such as ">=5.4,<6"."""
+    oldest, too_new = WORKING[package]
+    return f">={oldest}" + (f",<{too_new}" if too_new else "")
+
+
+def check_versions() -> None:
+    """Raises InputError for a library outside the range that works."""
+    for package, (oldest, too_new) in WORKING.items():
+        found = installed(package)
+        key = _number(found)
+        if key < _number(oldest) or (too_new and key >= _number(too_new)):
+            raise InputError(
+                f"{package} {found} does not work with this repository, {range_of(package)} does: "
+                "pip install -r requirements.txt -c constraints.txt"
+            )
+
+
+def _number(text: str) -> tuple[int, ...]:
+    """`2.14.1+cpu` → (2, 14, 1)."""
+    digits = text.partition("+")[0].split(".")[:3]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in digits)
+
+
+def unlike(package: str, what: str) -> InputError:
+    """The error for a library that is not as we know it."""
+    return InputError(
+        f"{package} {installed(package)} {what}; versions {range_of(package)} were made to work: install the tested "
+        "ones with pip install -r requirements.txt -c constraints.txt"
+    )
+
+
+# ---------------------------------------------------------------------------------------- transformers: the cache
+def find_cache(values: Iterable) -> Cache | None:
+    """The cache of keys and values among a call's arguments or an output's values, whatever it is called there."""
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def cache_of(output) -> Cache:
+    """The cache in a language model's output. Raises InputError if there is none."""
+    cache = find_cache(output.values())
+    if cache is None:
+        raise unlike("transformers", f"returns no cache from {type(output).__name__}")
+    return cache
+
+
+def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache]:
+    """{the name that `model.forward` has for it: cache}; nothing for None. Raises InputError if it has none."""
+    if cache is None:
+        return {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if "Cache" in str(parameter.annotation):
+            return {name: cache}
+    raise unlike("transformers", f"has no cache among the arguments of {type(model).__name__}.forward")
+
+
+def tokens_read(cache: Cache | None) -> int:
+    """How many tokens of each text a cache holds."""
+    return 0 if cache is None else cache.get_seq_length()
+
+
+# --------------------------------------------------------------------------------- transformers: other arguments
+def takes_position_ids(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Tokens of the longest text; None for a model that sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def embedding_scale(embedding: nn.Embedding) -> float:
+    """BioGPT and Gemma multiply their token embeddings by this."""
+    return getattr(embedding, "embed_scale", 1.0)
+
+
+# --------------------------------------------------------------------------------------- transformers: attention
+def register_attention(name: str, attention: Callable) -> None:
+    """Let language models call `attention` under this name, with the masks of sdpa."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def attention_name(model: nn.Module) -> str | None:
+    """Which attention a language model uses: sdpa, eager, … or one of ours."""
+    return model.config._attn_implementation
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    model.set_attn_implementation(name)
+
+
+def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
+    """transformers' own attention by torch: (B, h, T, c) each → (B, T, h, c)."""
+    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+
+# ------------------------------------------------------------------------------------------------- torch: oneDNN
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Does this torch multiply by oneDNN on this CPU, in this dtype, and can a matrix be kept in oneDNN's order?"""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    missing = [name for name in operators if not hasattr(torch.ops.mkldnn, name)]
+    if missing:
+        raise unlike("torch", f"has no oneDNN operator {missing[0]}")
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def onednn_order(weight: Tensor) -> Tensor:
+    """A matrix (D_out, D_in) as oneDNN reads it; only `onednn_linear` understands it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…, D_in) times a matrix of `onednn_order` → (…, D_out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """torch takes oneDNN for every product in bfloat16 unless it is switched off, for the whole process."""
+    was_enabled = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = False
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = was_enabled
+
+
+# ------------------------------------------------------------------------------------------ open_clip and timm
+def open_clip_patches(tower: nn.Module, pixel_values: Tensor, *, norm: bool, class_token: bool) -> Tensor:
+    """(N, C, H, W) → the patch tokens of the last layer (N, v, d), the class token first if asked for.
+
+    The way that serves timm's towers as well; `visual(x)[1]` would silently be their second picture.
+    """
+    if not hasattr(tower, "forward_intermediates"):
+        raise unlike("open_clip_torch", f"has a tower {type(tower).__name__} without forward_intermediates")
+    result = tower.forward_intermediates(
+        pixel_values, indices=1, normalize_intermediates=norm, intermediates_only=True, output_fmt="NLC",
+        output_extra_tokens=class_token,
+    )  # fmt: skip
+    features = result["image_intermediates"][-1]
+    if class_token:  # the first of the extra tokens; timm towers may have others
+        features = torch.cat([result["image_intermediates_prefix"][-1][:, :1], features], dim=1)
+    return features
+
+
+def open_clip_image_and_patches(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, H, W) → the embedding of each picture (N, E) and its patch tokens after the final norm (N, v, d)."""
+    result = tower.forward_intermediates(pixel_values, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    return result["image_features"], result["image_intermediates"][0]
+
+
+def has_class_token(tower: nn.Module) -> bool:
+    trunk = getattr(tower, "trunk", tower)  # timm's tower inside open_clip's
+    return getattr(trunk, "cls_token", getattr(trunk, "class_embedding", None)) is not None
+
+
+def trained_with_quick_gelu(model_name: str, pretrained: str) -> tuple[bool, bool]:
+    """(the weights were trained with QuickGELU, the model computes it). open_clip only warns where they differ."""
+    import open_clip
+
+    weights = (open_clip.get_pretrained_cfg(model_name, pretrained) or {}).get("quick_gelu", False)
+    return weights, open_clip.get_model_config(model_name).get("quick_gelu", False)
+
+
+def open_clip_transform(settings: dict) -> Callable:
+    """PIL picture → (C, H, W), by the fields of open_clip's PreprocessCfg."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**settings), is_train=False)
+
+
+@contextlib.contextmanager
+def quiet_open_clip() -> Iterator[None]:
+    """open_clip logs to the root logger what our own sentence says better."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ---------------------------------------------------------------------------- transformers: its CLIP's vision half
+def hugging_face_patches(tower: nn.Module, pixel_values: Tensor, *, norm: bool, class_token: bool) -> Tensor:
+    """(N, C, H, W) → the tokens of the last layer (N, v, d), without the class token unless asked for."""
+    tokens = tower(pixel_values=pixel_values).last_hidden_state  # (N, 1 + v, d), before the final norm
+    tokens = tokens if class_token else tokens[:, 1:]
+    inner = getattr(tower, "vision_model", tower)  # where the norm is has changed once
+    if not hasattr(inner, "post_layernorm"):
+        raise unlike("transformers", f"has a {type(tower).__name__} without post_layernorm")
+    return inner.post_layernorm(tokens) if norm else tokens

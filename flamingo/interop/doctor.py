@@ -1,0 +1,69 @@
+"""`python -m flamingo doctor`: what a bug report needs. Versions, hardware, and whether they work together."""
+
+import os
+import platform
+
+import torch
+
+from flamingo import training
+from flamingo.checkpoint import load_model
+from flamingo.data.batches import Collate
+from flamingo.data.classroom import ClassroomScenes
+from flamingo.errors import InputError
+from flamingo.interop import compat
+from flamingo.interop.selfcheck import check_decoding
+from flamingo.options import asset
+
+ALSO = (
+    "torchvision",
+    "timm",
+    "tokenizers",
+    "huggingface_hub",
+    "safetensors",
+    "einops",
+    "numpy",
+    "pillow",
+    "matplotlib",
+)
+
+
+def examine_installation() -> None:
+    """Print it all. Raises InputError when something does not work."""
+    device = training.pick_device("auto")
+    rows = [("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    rows += [
+        (package, f"{compat.installed(package)} (works: {compat.range_of(package)})") for package in compat.WORKING
+    ]
+    rows += [(package, compat.installed(package)) for package in ALSO]
+    rows += [("device", _describe(device))]
+    for name, text in rows:
+        print(f"{name:18}{text}")
+    compat.check_versions()
+    training.tune(device)
+    model, processor, _ = load_model(asset("classroom/flamingo"))
+    model.to(device)
+    batch = Collate(processor, 128)([ClassroomScenes("validation")[i] for i in range(16)])
+    dtype = "bfloat16" if training.bf16_pays(model.train(), batch, device) else "float32"
+    print(f"{'dtype auto':18}{dtype}")
+    if device.type == "cpu" and not compat.has_onednn(torch.float32):
+        print(f"{'oneDNN':18}not in torch: generating on this CPU takes about twice as long. "
+              "the package index's own builds from 2.6 on have it")  # fmt: skip
+    difference = check_decoding(model)
+    print(f"{'self-check':18}passed: cached steps and forward pass are {difference:.1e} apart")
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+    memory = ""
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    return f"CPU, {os.cpu_count()} cores{memory}"
+
+
+def doctor() -> None:
+    try:
+        examine_installation()
+    except InputError as error:
+        raise InputError(f"this installation does not work: {error}") from error
