@@ -17,7 +17,7 @@ from flamingo.errors import InputError, run_command
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    from flamingo.options import OneSentenceParser
+    from flamingo.errors import OneSentenceParser
 
     parser = OneSentenceParser(prog="evaluate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
@@ -42,6 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--zero-shot", choices=("bare", "two-texts"), default="bare",
         help="what 0 shots shows: nothing, or two examples without their pictures, the Flamingo papers' convention "
              "(default: %(default)s)")  # fmt: skip
+    add("--plain", action="store_true", help="leave out flamingo/fast: the model as flamingo/model has it, in float32")
     add("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     add("--examples", type=int, default=8, help="captions to print (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -61,18 +62,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import time
 
-    from flamingo.checkpoint import WEIGHTS, load_model, write_json
-    from flamingo.data.questions import AnswerColumns
-    from flamingo.data.sources import uses_classroom
-    from flamingo.evaluation.answers import Answerer
-    from flamingo.evaluation.exam import captioned_exam, classroom_exam
-    from flamingo.evaluation.examine import examine, plan, print_result
+    from flamingo.config import TrainingOptions, to_flat
+    from flamingo.data.answer_columns import AnswerColumns
     from flamingo.evaluation.parts import Parts
+    from flamingo.evaluation.predictor import Predictor
     from flamingo.evaluation.report import write_report
-    from flamingo.inference import prepare_to_generate
+    from flamingo.evaluation.run import plan, print_result, run_plan
+    from flamingo.evaluation.test_set import captioned_test_set, classroom_test_set
+    from flamingo.fast.device import pick_device
+    from flamingo.fast.inference import prepare_to_generate
+    from flamingo.files import read_json, write_json
     from flamingo.interop.selfcheck import check_decoding
-    from flamingo.options import TrainingOptions, read_json
-    from flamingo.training import pick_device
+    from flamingo.training.checkpoint import WEIGHTS, load_model
+    from flamingo.training.sources import uses_classroom
 
     began = time.time()
     if not args.run.is_dir():
@@ -85,32 +87,34 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, processor, config = load_model(args.run)
     model.to(device)
-    prepare_to_generate(model, summary["dtype"])
+    dtype = "float32" if args.plain else summary["dtype"]
+    if not args.plain:
+        prepare_to_generate(model, dtype)
 
     columns = AnswerColumns(args.question_column, args.answer_column, args.label_column)
     if uses_classroom(options):
         if columns != AnswerColumns():
             raise InputError("--question-column, --answer-column and --label-column belong to --data: name the set")
-        exam = classroom_exam(args.split, args.n, args.seed)
+        test_set = classroom_test_set(args.split, args.n, args.seed)
     else:
-        exam = captioned_exam(options, args.split, args.n, args.seed, columns)
-    answerer = Answerer(model, processor, summary["dtype"])
-    check_decoding(model, answerer.autocast)
-    todo = plan(exam, answerer, args)  # mistakes are found here, before anything is run
+        test_set = captioned_test_set(options, args.split, args.n, args.seed, columns)
+    predictor = Predictor(model, processor, dtype)
+    check_decoding(model, predictor.autocast)
+    todo = plan(test_set, predictor, args)  # mistakes are found here, before anything is run
     weights = (args.run / WEIGHTS).stat()
     arguments = {name: str(value) for name, value in vars(args).items() if name not in ("run", "examples", "device")}
-    arguments |= {"exam": exam.fingerprint(), "model": [weights.st_size, weights.st_mtime_ns]}
+    arguments |= {"exam": test_set.fingerprint(), "model": [weights.st_size, weights.st_mtime_ns]}
     parts = Parts(args.run, arguments)
 
-    result = examine(todo, answerer, parts)
+    result = run_plan(todo, predictor, parts)
     result |= {
         "options": summary.pop("options"),
         "cost": summary,
-        "config": config.to_diff_dict(),
+        "config": to_flat(config),
         "seconds": time.time() - began,
     }
     print_result(result, args.examples)
-    write_report(args.run, exam, result)
+    write_report(args.run, test_set, result)
     write_json(args.run / "evaluation.json", result)
     parts.finish()
     print(f"wrote {args.run}/evaluation.json and {args.run}/report.html in {result['seconds']:.0f} s")

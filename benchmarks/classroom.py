@@ -11,15 +11,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import common
 from benchmarks.timing import Spread, seconds
-from flamingo.build import build_flamingo
-from flamingo.config import FlamingoConfig
 from flamingo.data.batches import Collate, batches
-from flamingo.data.sources import training_sets
-from flamingo.figures import plt
-from flamingo.options import model_settings, parse_training_options
-from flamingo.training import autocast, bf16_pays, hold_frozen_in_bf16, make_optimizer, tune
+from flamingo.fast.device import tune
+from flamingo.fast.enable import enable
+from flamingo.fast.precision import autocast, bf16_is_faster, cast_frozen_to_bf16
+from flamingo.figures.run_figures import plt
+from flamingo.interop.backbones import build_flamingo
+from flamingo.presets import model_config
+from flamingo.training.command_line import parse_training_options
+from flamingo.training.optimizer import make_optimizer
+from flamingo.training.sources import training_sets
 
 PARTS = {
     "data": "draw the scenes, tell them, make the batch", "encode": "frozen vision encoder",
@@ -32,10 +35,11 @@ def measure(args) -> dict:
     torch.manual_seed(0)
     tune(args.device)
     options = parse_training_options([])
-    model, processor = build_flamingo(FlamingoConfig(**model_settings(options)))
+    model, processor, _ = build_flamingo(model_config(options))
     model.to(args.device).train()
+    enable(model)
     examples, _ = training_sets(options)
-    examples.first_lessons = 0  # the shorter texts of the beginning
+    examples.curriculum = 0  # the shorter texts of the beginning
     steps = 3 if args.quick else 16 * args.rounds
     stream = iter(
         batches(
@@ -43,9 +47,9 @@ def measure(args) -> dict:
         )
     )
     batch = next(stream).to(args.device)
-    dtype = "bfloat16" if bf16_pays(model, batch, args.device) else "float32"
+    dtype = "bfloat16" if bf16_is_faster(model, batch.first(32).inputs(), args.device) else "float32"
     if dtype == "bfloat16":
-        hold_frozen_in_bf16(model)
+        cast_frozen_to_bf16(model)
     optimizer = make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     times: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -87,7 +91,7 @@ def measure(args) -> dict:
 def draw(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     axes.barh(
-        [f"{part}: {what}" for part, what in PARTS.items()], result["share"].values(), color=report.COLORS["ours"]
+        [f"{part}: {what}" for part, what in PARTS.items()], result["share"].values(), color=common.COLORS["ours"]
     )
     axes.invert_yaxis()
     axes.set(xlabel="share of the time of a step")
@@ -97,14 +101,14 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args = report.parse("classroom", __doc__.splitlines()[0], argv)
+    args = common.parse("classroom", __doc__.splitlines()[0], argv)
     result = measure(args)
     rows = [(part, PARTS[part], 1000 * spread["median"], f"{result['share'][part]:.0%}")
             for part, spread in result["seconds"].items()]  # fmt: skip
-    report.print_table(["", "", "median ms", "share"], rows)
+    common.print_table(["", "", "median ms", "share"], rows)
     print(f"{result['captions_per_second']:.0f} captions a second in {result['dtype']}")
-    report.finish(args, result, draw)
+    common.finish(args, result, draw)
 
 
 if __name__ == "__main__":
-    report.command("classroom", main, sys.argv[1:])
+    common.command("classroom", main, sys.argv[1:])

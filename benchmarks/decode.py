@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from benchmarks import report
+from benchmarks import common
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
 from benchmarks.shapes import DTYPES, PAD, Text, make_text
@@ -83,8 +83,8 @@ def measure(args) -> dict:
     steps = 4 if args.quick else 16
     # No decode step sees the vision encoder, so one of two layers serves, and spares minutes before the first step.
     args.shape = replace(args.shape, vision_layers=2)
-    ours, peer = report.build_sides(args.shape, 4, args.device)
-    losses = report.compare_losses(ours, peer, [make_text(args.shape, random.Random(0), range(4))])
+    ours, peer = common.build_sides(args.shape, 4, args.device)
+    losses = common.compare_losses(ours, peer, [make_text(args.shape, random.Random(0), range(4))])
     ours.model.eval()
     peer.model.eval()
     greedy = [generate(side, prompts(args.shape, 8, 5), 1, steps)[0] for side in (ours, peer)]
@@ -109,22 +109,22 @@ def measure(args) -> dict:
 def draw(result: dict, path: Path) -> None:
     rows = [(TITLES[case], 1000 * times["ours"]["median"], 1000 * times["peer"]["median"])
             for case, times in result["seconds_per_step"].items()]  # fmt: skip
-    report.draw_bars(path, rows, "milliseconds a decode step (shorter is better)", "Decoding")
+    common.draw_bars(path, rows, "milliseconds a decode step (shorter is better)", "Decoding")
 
 
 def main(argv: list[str]) -> None:
-    args = report.parse("decode", __doc__.splitlines()[0], argv)
+    args = common.parse("decode", __doc__.splitlines()[0], argv)
     result = measure(args)
     rows = []
     for case, times in result["seconds_per_step"].items():
         cells = [f"{1000 * t['median']:.1f} ({1000 * t['low']:.1f} … {1000 * t['high']:.1f})" for t in times.values()]
         rows.append((TITLES[case], *cells, result["ratios"][case]))
-    report.print_table(["ms a step: median (middle half)", "ours", "OpenFlamingo 2.0.1", "× peer"], rows)
+    common.print_table(["ms a step: median (middle half)", "ours", "OpenFlamingo 2.0.1", "× peer"], rows)
     for name, chosen in result["chosen"].items():
         print(f"{name}: {chosen['dtype']} ({chosen['same_tokens_in_bfloat16']:.0%} of its tokens the same in bfloat16)")
     print(f"the two sides generate the same tokens: {result['same_greedy_tokens']:.0%}")
-    report.finish(args, result, draw)
+    common.finish(args, result, draw)
 
 
 if __name__ == "__main__":
-    report.command("decode", main, sys.argv[1:])
+    common.command("decode", main, sys.argv[1:])

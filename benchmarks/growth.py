@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks import report
+from benchmarks import common
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
 from benchmarks.shapes import Shape, Text, make_text
 from benchmarks.timing import alternate, seconds
 from flamingo.data.feature_cache import FeatureCache
-from flamingo.figures import plt
-from flamingo.resampler import PerceiverResampler
-from flamingo.training import tune
+from flamingo.fast.device import tune
+from flamingo.figures.run_figures import plt
+from flamingo.model.resampler import PerceiverResampler
 
 SWEEPS = {
     "images_per_text": [1, 2, 4, 8, 16, 32],
@@ -71,14 +71,14 @@ def work(side: Ours | Peer, texts: list[Text], device: torch.device) -> float:
 
 def measure(args, folder: Path) -> dict:
     tune(args.device)  # settings of the whole process: the peer has their benefit as well
-    ours, peer = report.build_sides(args.shape, 32, args.device)
+    ours, peer = common.build_sides(args.shape, 32, args.device)
     encoder = ours.model.vision_encoder
     ours.cache = FeatureCache.open_or_build(folder, ours.pictures, "benchmark", encoder, device=args.device)
     times, differences = {}, []
     for sweep, value, texts in points(args, ours, peer):
         if value <= 4 or sweep == "latents":  # the loss from pixels is the peer's; float16 features move it a little
             from_pixels = Ours(ours.model, args.shape, ours.pictures, args.device)
-            differences.append(report.compare_losses(from_pixels, peer, texts)["difference"])
+            differences.append(common.compare_losses(from_pixels, peer, texts)["difference"])
         works = {"ours": lambda texts=texts: work(ours, texts, args.device),
                  "peer": lambda texts=texts: work(peer, texts, args.device)}  # fmt: skip
         times.setdefault(sweep, {})[str(value)] = alternate(works, args.rounds)
@@ -97,9 +97,9 @@ def draw(result: dict, path: Path) -> None:
         for name, label in (("ours", "ours"), ("peer", "OpenFlamingo")):
             spreads = [point[name] for point in line.values()]
             x = list(map(int, line))
-            axes.plot(x, [s["median"] for s in spreads], "o-", color=report.COLORS[label], label=label)
+            axes.plot(x, [s["median"] for s in spreads], "o-", color=common.COLORS[label], label=label)
             axes.fill_between(x, [s["low"] for s in spreads], [s["high"] for s in spreads],
-                              color=report.COLORS[label], alpha=0.25)  # fmt: skip
+                              color=common.COLORS[label], alpha=0.25)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(x, list(line))
@@ -114,15 +114,15 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args = report.parse("growth", __doc__.splitlines()[0], argv)
+    args = common.parse("growth", __doc__.splitlines()[0], argv)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
     rows = [(sweep.replace("_", " "), value, point["ours"]["median"], point["peer"]["median"],
              result["ratios"][f"{sweep}_{value}"])
             for sweep, line in result["seconds"].items() for value, point in line.items()]  # fmt: skip
-    report.print_table(["", "", "ours, s", "OpenFlamingo, s", "× peer"], rows)
-    report.finish(args, result, draw)
+    common.print_table(["", "", "ours, s", "OpenFlamingo, s", "× peer"], rows)
+    common.finish(args, result, draw)
 
 
 if __name__ == "__main__":
-    report.command("growth", main, sys.argv[1:])
+    common.command("growth", main, sys.argv[1:])

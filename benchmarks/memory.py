@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import common
 from benchmarks.ours import Ours, build_ours
 from benchmarks.peer import Peer, build_peer
 from benchmarks.shapes import DTYPES, FULL, QUICK, language_model, make_pictures, make_texts, vision_tower
 from benchmarks.timing import Spread
 from flamingo.data.feature_cache import FeatureCache
 from flamingo.errors import InputError
-from flamingo.training import give_back_freed_memory, hold_frozen_in_bf16, tune
+from flamingo.fast.device import give_back_freed_memory, tune
+from flamingo.fast.precision import cast_frozen_to_bf16
 
 SIDES = {"peer": "OpenFlamingo 2.0.1", "memory": "features cached", "memory_pixels": "from pixels"}
 CAPTIONS = 5
@@ -52,7 +53,7 @@ def step_peak(which: str, dtype: str, quick: bool, texts: int, device: torch.dev
                 cache = FeatureCache.open_or_build(Path(folder), pictures, "x", model.vision_encoder, device=device)
             side = Ours(model, shape, pictures, device, cache)
             if dtype == "bfloat16":
-                hold_frozen_in_bf16(model)  # as train.py does
+                cast_frozen_to_bf16(model)  # as train.py does
         side.model.train()
         give_back_freed_memory()  # what building left must not count as the model's, and serve the step for nothing
         if device.type == "cuda":
@@ -73,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict:
         for (name, dtype), runs in found.items():
             order = [sys.executable, "-m", "benchmarks.memory", "--side", name, "--dtype", dtype, "--texts", args.texts,
                      "--device", args.device, *(["--quick"] if args.quick else [])]  # fmt: skip
-            done = subprocess.run(list(map(str, order)), capture_output=True, text=True, cwd=report.ASSETS.parent)
+            done = subprocess.run(list(map(str, order)), capture_output=True, text=True, cwd=common.ASSETS.parent)
             if done.returncode:
                 reason = done.stderr.strip().splitlines()[-1]
                 raise InputError(reason.split(": ", 1)[-1]) if done.returncode == 2 else RuntimeError(done.stderr)
@@ -96,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict:
 def draw(result: dict, path: Path) -> None:
     gib = {name: result["step_bytes"][name][dtype]["median"] / 2**30 for name, dtype in result["chosen"].items()}
     rows = [(SIDES[name], gib[name], gib["peer"]) for name in ("memory", "memory_pixels")]
-    report.draw_bars(path, rows, "GiB above the model (shorter is better)", "Peak memory of a training step")
+    common.draw_bars(path, rows, "GiB above the model (shorter is better)", "Peak memory of a training step")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +107,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args = report.parse("memory", __doc__.splitlines()[0], argv, options)
+    args = common.parse("memory", __doc__.splitlines()[0], argv, options)
     if args.side:
         print(json.dumps(step_peak(args.side, args.dtype, args.quick, args.texts, args.device)))
         return
@@ -116,12 +117,12 @@ def main(argv: list[str]) -> None:
     rows = [(f"{SIDES[name]}, {dtype}", result["model_bytes"][name][dtype] >> 20, round(spread["median"]) >> 20,
              "*" if result["chosen"][name] == dtype else "")
             for name, spreads in result["step_bytes"].items() for dtype, spread in spreads.items()]  # fmt: skip
-    report.print_table(["MiB", "model", "a step adds", "needs less"], rows)
+    common.print_table(["MiB", "model", "a step adds", "needs less"], rows)
     for name, ratio in result["ratios"].items():
         whole = result["ratios_model_included"][name]
         print(f"{SIDES[name]}: the peer's step takes {ratio:.3g} times as much, {whole:.3g} times with the model")
-    report.finish(args, result, draw)
+    common.finish(args, result, draw)
 
 
 if __name__ == "__main__":
-    report.command("memory", main, sys.argv[1:])
+    common.command("memory", main, sys.argv[1:])

@@ -7,28 +7,35 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import PAD, Shape, Text, pad
-from flamingo.data.batches import Batch, caption_labels
+from flamingo.config import ModelConfig, TrainingOptions
+from flamingo.data.batches import Batch, caption_labels, point_at_bank
 from flamingo.data.feature_cache import FeatureCache
-from flamingo.inference import prepare_to_generate
-from flamingo.modeling import Flamingo
-from flamingo.options import TrainingOptions
-from flamingo.training import autocast, make_optimizer
-from flamingo.vision import OpenClipEncoder
+from flamingo.fast.chunked_cross_entropy import ChunkedLossMixin
+from flamingo.fast.enable import PIECES, enable
+from flamingo.fast.inference import prepare_to_generate
+from flamingo.fast.packing import TextLayout
+from flamingo.fast.precision import autocast
+from flamingo.model.build import build_from_parts
+from flamingo.model.vision import OpenClipEncoder
+from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
+from flamingo.training.optimizer import make_optimizer
 
 
-def build_ours(shape: Shape, tower: nn.Module, lm: nn.Module, peer: nn.Module | None = None) -> Flamingo:
-    """Our Flamingo around these backbones, with the peer's trained weights if it is given."""
+def build_ours(
+    shape: Shape, tower: nn.Module, lm: nn.Module, peer: nn.Module | None = None, fast: Sequence[str] = PIECES
+) -> VisionLanguageModel:
+    """Our Flamingo around these backbones, with the peer's trained weights if it is given. fast: pieces of it."""
     encoder = OpenClipEncoder(tower, "random ViT", lambda picture: picture)
-    model = Flamingo(
-        encoder, lm, media_token_id=shape.image, eoc_token_id=shape.eoc, pad_token_id=PAD,
-        dim_visual=shape.vision_width,
-    )  # fmt: skip
+    tokens = SpecialTokens(shape.image, shape.eoc, PAD)
+    model = build_from_parts(ModelConfig(), encoder, lm, tokens, shape.vision_width)
     if peer is not None:
         take_trained_weights(model, peer, shape)
+    if fast:
+        enable(model, tuple(fast))
     return model
 
 
-def take_trained_weights(model: Flamingo, peer: nn.Module, shape: Shape) -> None:
+def take_trained_weights(model: VisionLanguageModel, peer: nn.Module, shape: Shape) -> None:
     """The names are the same but for the added tokens, which are rows of the peer's tables."""
     theirs = peer.state_dict()
     rows = slice(shape.eoc, shape.image + 1)
@@ -50,7 +57,12 @@ class Ours:
     dtype = "float32"  # of generation
 
     def __init__(
-        self, model: Flamingo, shape: Shape, pictures: Tensor, device: torch.device, cache: FeatureCache | None = None
+        self,
+        model: VisionLanguageModel,
+        shape: Shape,
+        pictures: Tensor,
+        device: torch.device,
+        cache: FeatureCache | None = None,
     ):
         self.model, self.shape, self.pictures = model.to(device), shape, pictures
         self.device, self.cache = device, cache
@@ -59,17 +71,19 @@ class Ours:
     def batch(self, texts: Sequence[Text]) -> Batch:
         """Pictures of the texts, each once (those of neighbouring texts: the captions of a picture lie together)."""
         bank: list[int] = []
-        index = torch.full((len(texts), max(len(text.pictures) for text in texts)), -1)
-        for row, text in enumerate(texts):
+        rows = []
+        for text in texts:
             if bank[-len(text.pictures) :] != list(text.pictures):
                 bank += text.pictures
-            index[row, : len(text.pictures)] = torch.arange(len(bank) - len(text.pictures), len(bank))
+            rows.append(list(range(len(bank) - len(text.pictures), len(bank))))
         input_ids, mask = pad(texts)
         labels = caption_labels(input_ids, mask, self.shape.image, self.shape.eoc)
-        rows = {"image_index": index, "input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        read = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **point_at_bank(rows, len(bank))}
+        if isinstance(self.model, ChunkedLossMixin):
+            read["layout"] = TextLayout.of(labels, mask)
         if self.cache is None:
-            return Batch(pixel_values=self.pictures[bank], **rows)
-        return Batch(features=torch.cat([self.cache[i : i + 1] for i in bank]), **rows)
+            return Batch(pixel_values=self.pictures[bank], **read)
+        return Batch(features=torch.cat([self.cache[i : i + 1] for i in bank]), **read)
 
     def loss(self, batch: Batch, dtype: str = "float32") -> Tensor:
         with autocast(self.device, dtype):
@@ -94,6 +108,7 @@ class Ours:
     def generate(self, texts: Sequence[Text], **options) -> Tensor:
         batch = self.batch(texts).to(self.device)
         input_ids, mask = (t.to(self.device) for t in pad(texts, "left"))
-        bank = {"pixel_values": batch.pixel_values, "image_index": batch.image_index}
+        names = ("pixel_values", "image_index", "texts_per_image")
+        bank = {name: value for name in names if (value := getattr(batch, name)) is not None}
         with autocast(self.device, self.dtype):
             return self.model.generate(input_ids, mask, **bank, **options)

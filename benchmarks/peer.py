@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import PAD, Shape, Text, pad
 from flamingo.errors import InputError
-from flamingo.training import autocast
+from flamingo.fast.precision import autocast
 
 INSTALL = "pip install --no-deps open-flamingo==2.0.1 einops-exts"
 

@@ -19,13 +19,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import common
 from benchmarks.ours import Ours, build_ours
 from benchmarks.shapes import DTYPES, Shape, Text, language_model, make_pictures, make_text, vision_tower
 from flamingo.data.feature_cache import FeatureCache
-from flamingo.figures import plt
-from flamingo.options import parse_training_options
-from flamingo.training import hold_frozen_in_bf16, make_optimizer, set_learning_rate, tune
+from flamingo.fast.device import tune
+from flamingo.fast.precision import cast_frozen_to_bf16
+from flamingo.figures.run_figures import plt
+from flamingo.training.command_line import parse_training_options
+from flamingo.training.optimizer import make_optimizer, set_learning_rate
 
 STEPS, PICTURES, CAPTIONS, PICTURES_A_STEP, WORDS = 200, 8, 5, 2, 16
 ALLOWED = 0.01  # relative difference of the losses, mean over the steps
@@ -48,7 +50,7 @@ def learn(side: Ours, dtype: str, steps: int) -> Iterator[float]:
     side.model.train()
     side.optimizer = make_optimizer(side.model, options)
     if dtype == "bfloat16":
-        hold_frozen_in_bf16(side.model)
+        cast_frozen_to_bf16(side.model)
     for step in tqdm(range(steps), desc=dtype):
         set_learning_rate(side.optimizer, step, options)
         yield side.step(told_at(side.shape, step), dtype).item()
@@ -83,14 +85,14 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args = report.parse("precision", __doc__.splitlines()[0], argv)
+    args = common.parse("precision", __doc__.splitlines()[0], argv)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder) / "cache")
     mean, largest = result["mean_difference"], result["largest_difference"]
     verdict = "within" if mean <= ALLOWED else "NOT within"
     print(f"apart by {mean:.3%} on average, {largest:.3%} at most: {verdict} {ALLOWED:.0%}")
-    report.finish(args, result, draw)
+    common.finish(args, result, draw)
 
 
 if __name__ == "__main__":
-    report.command("precision", main, sys.argv[1:])
+    common.command("precision", main, sys.argv[1:])

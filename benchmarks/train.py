@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from benchmarks import common
 from benchmarks.ours import Ours
 from benchmarks.peer import Peer
 from benchmarks.shapes import DTYPES, Text, make_texts
 from benchmarks.timing import Spread, alternate, seconds
 from flamingo.data.batches import StepSampler
 from flamingo.data.feature_cache import FeatureCache
-from flamingo.training import hold_frozen_in_bf16, tune
+from flamingo.fast.device import tune
+from flamingo.fast.precision import cast_frozen_to_bf16
 
 CAPTIONS = 5  # of a picture
 Batches = Callable[[int], list[list[Text]]]  # texts in a batch → batches, the shortest captions first
@@ -88,11 +89,11 @@ def best_size(side: Ours | Peer, batches: Batches, sizes: Sequence[int], dtype: 
 def measure(args, folder: Path) -> dict:
     distinct = 4 if args.quick else 16
     tune(args.device)  # settings of the whole process: the peer has their benefit as well
-    ours, peer = report.build_sides(args.shape, distinct, args.device)
+    ours, peer = common.build_sides(args.shape, distinct, args.device)
     pool = 8 if args.quick else 192
     shared = make_texts(args.shape, pool, CAPTIONS, distinct)
     single = make_texts(args.shape, pool * CAPTIONS, 1, distinct)
-    losses = report.compare_losses(ours, peer, [text for texts in shared[:2] for text in texts])
+    losses = common.compare_losses(ours, peer, [text for texts in shared[:2] for text in texts])
 
     encoder = ours.model.vision_encoder
     build = lambda: FeatureCache.open_or_build(folder, ours.pictures, "benchmark", encoder, device=args.device)  # noqa: E731
@@ -113,7 +114,7 @@ def measure(args, folder: Path) -> dict:
               for side, batches in ((peer, their_batches(shared)), (cached, own_batches(shared)))}  # fmt: skip
     dtypes[ours] = dtypes[cached]  # the same model
     if dtypes[ours] == "bfloat16":
-        hold_frozen_in_bf16(ours.model)  # as train.py does
+        cast_frozen_to_bf16(ours.model)  # as train.py does
     works, chosen = {}, {}
     for name, (side, batches, tried, count) in contestants.items():
         dtype = dtypes[side]
@@ -150,11 +151,11 @@ TITLES = {
 def draw(result: dict, path: Path) -> None:
     rate = {name: spread["median"] for name, spread in result["captions_per_second"].items()}
     rows = [(title, rate[name], rate["peer"]) for name, title in TITLES.items()]
-    report.draw_bars(path, rows, "captions per second (longer is better)", "Training")
+    common.draw_bars(path, rows, "captions per second (longer is better)", "Training")
 
 
 def main(argv: list[str]) -> None:
-    args = report.parse("train", __doc__.splitlines()[0], argv)
+    args = common.parse("train", __doc__.splitlines()[0], argv)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder) / "cache")
     rates = {name: Spread(**spread) for name, spread in result["captions_per_second"].items()}
@@ -164,12 +165,12 @@ def main(argv: list[str]) -> None:
          result["ratios"].get(name, 1.0))
         for name, rate in rates.items()
     ]  # fmt: skip
-    report.print_table(["", "captions/s", "middle half", "GFLOP/caption", "GFLOP/s", "× peer"], rows)
+    common.print_table(["", "captions/s", "middle half", "GFLOP/caption", "GFLOP/s", "× peer"], rows)
     losses, cache = result["losses"], result["cache_seconds_per_picture"]
     print(f"loss {losses['ours']:.6f}, theirs {losses['peer']:.6f}, from the cache {losses['ours_cached']:.6f}")
     print(f"the cache took {cache:.3g} s a picture to build, once")
-    report.finish(args, result, draw)
+    common.finish(args, result, draw)
 
 
 if __name__ == "__main__":
-    report.command("train", main, sys.argv[1:])
+    common.command("train", main, sys.argv[1:])

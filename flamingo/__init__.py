@@ -1,4 +1,4 @@
-"""Flamingo: pictures beside text, for a language model that never saw one. Start reading at modeling.py.
+"""Flamingo: pictures beside text, for a language model that never saw one. Start reading at flamingo/model/vlm.py.
 
 Names are imported when they are first used, so that `import flamingo` costs nothing.
 """
@@ -6,29 +6,29 @@ Names are imported when they are first used, so that `import flamingo` costs not
 import importlib
 
 _WHERE = {
-    "PerceiverResampler": "resampler",
-    "MaskedCrossAttention": "cross_attention",
-    "GatedCrossAttentionBlock": "cross_attention",
-    "who_sees_what": "cross_attention",
-    "DecoupledEmbedding": "added_tokens",
-    "DecoupledLinear": "added_tokens",
-    "extend_instance": "language_model",
-    "FlamingoLayer": "language_model",
-    "FlamingoLMMixin": "language_model",
-    "load_vision_encoder": "vision",
-    "FlamingoConfig": "config",
-    "Flamingo": "modeling",
-    "FlamingoOutput": "modeling",
-    "FlamingoModel": "huggingface",
-    "VisionLanguageModel": "modeling",
-    "FlamingoProcessor": "processor",
-    "build_flamingo": "build",
-    "load_model": "checkpoint",
-    "save_model": "checkpoint",
-    "import_weights": "peers",
-    "open_flamingo_settings": "peers",
-    "config_from_flamingo_mini": "peers",
-    "rename_flamingo_pytorch": "peers",
+    "Flamingo": "model.vlm",
+    "VisionLanguageModel": "model.vlm",
+    "PerceiverResampler": "model.resampler",
+    "MaskedCrossAttention": "model.cross_attention",
+    "GatedCrossAttentionBlock": "model.cross_attention",
+    "media_attention_mask": "model.cross_attention",
+    "FlamingoLayer": "model.language_model",
+    "FlamingoLMMixin": "model.language_model",
+    "extend_instance": "model.language_model",
+    "DecoupledEmbedding": "model.added_tokens",
+    "DecoupledLinear": "model.added_tokens",
+    "ModelConfig": "config",
+    "FlamingoProcessor": "data.processor",
+    "load_vision_encoder": "interop.backbones",
+    "build_flamingo": "interop.backbones",
+    "load_model": "training.checkpoint",
+    "save_model": "training.checkpoint",
+    "FlamingoConfig": "interop.huggingface",
+    "FlamingoModel": "interop.huggingface",
+    "import_weights": "interop.peers",
+    "open_flamingo_settings": "interop.peers",
+    "config_from_flamingo_mini": "interop.peers",
+    "rename_flamingo_pytorch": "interop.peers",
     "InputError": "errors",
 }
 __all__ = list(_WHERE)

@@ -6,8 +6,7 @@ python -m flamingo doctor                                       versions, hardwa
 
 import sys
 
-from flamingo.errors import run_command
-from flamingo.options import OneSentenceParser
+from flamingo.errors import OneSentenceParser, run_command
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     from flamingo import FlamingoModel
-    from flamingo.inference import prepare_to_generate
+    from flamingo.fast.inference import prepare_to_generate
 
     model = FlamingoModel.from_pretrained(args.run)
     prepare_to_generate(model.flamingo, "float32")

@@ -1,62 +1,300 @@
-"""What a Flamingo is made of: every number that decides its shape, in one object that becomes `config.json`.
+"""Every number that decides what is built and how it is trained: one dataclass for each part, read by that part alone.
 
-The names and meanings are flamingo-mini's where it has one, so that its users feel at home.
+    ModelConfig
+      vision      VisionConfig           model/vision.py, interop/backbones.py
+      tokenizer   ResamplerConfig        model/resampler.py
+      fusion      CrossAttentionConfig   model/cross_attention.py, model/language_model.py
+      language    LanguageConfig         interop/backbones.py
+    TrainingOptions                      train.py
+
+A field is named on the command line as `--set fusion.heads=4`. In config.json the names are flat and, where it has one,
+flamingo-mini's (`xattn_heads`): the table FLAT is all there is between the two. (Imports nothing heavy.)
 """
 
-from transformers.configuration_utils import PreTrainedConfig
+import dataclasses
+from dataclasses import dataclass, field
+
+from flamingo.errors import InputError
 
 
-class FlamingoConfig(PreTrainedConfig):
-    """The architecture.
+@dataclass
+class VisionConfig:
+    """The frozen encoder.
 
-    Fields:
-        lm: Hugging Face id or folder of the language model.
-        clip_model_type: the vision encoder, in any spelling of `flamingo.vision`.
-        dim, dim_visual: D and d; found from the backbones when None, checked against them when given.
-        xattn_every, xattn_placement: which decoder layers get a cross-attention (`layers_with_cross_attention`).
-        xattn_dim_head, xattn_heads, xattn_ff_mult, xattn_act: the cross-attention blocks.
-        resampler_depth, resampler_dim_head, resampler_heads, resampler_ff_mult, resampler_act: the resampler.
-        xattn_init_gain, resampler_init_gain, resampler_query_gain, resampler_latents_std: how the trained parts begin.
-        resampler_num_latents: n. resampler_num_time_embeds: frames with an embedding of their own, 0 for none.
-        resampler_max_num_media: places of a picture in its text with an embedding of their own, 0 for none.
-        freeze_language_model, freeze_vision_model: only True is trained by this repository's loop.
-        only_attend_immediate_media: a token sees the last picture before it (True), or all pictures before it.
-        vision_feature_norm: patch features after the encoder's final norm (True) or before it, as
-            open_flamingo and flamingo-mini were trained.
-        vision_class_token: the encoder's class token stands before the patches (True: flamingo-mini) or is left out.
-        decoder_layers_attr_name: where the language model's layers are, when they cannot be found.
-        lm_fingerprint, vision_fingerprint: of the frozen weights this model was trained with; filled in by us.
+    name: in any spelling of interop/backbones.py. dim: d; found from the encoder when None, checked when given.
+    feature_norm: patch features after the encoder's final norm, or before it, as open_flamingo and flamingo-mini were
+        trained. class_token: it stands before the patches (flamingo-mini) or is left out.
+    freeze: only True can be trained. fingerprint: of the weights the model was trained with; filled in by us.
     """
 
-    model_type = "flamingo"
-
-    lm: str = "facebook/opt-125m"
-    clip_model_type: str = "ViT-L-14-quickgelu:openai"
+    name: str = "ViT-L-14-quickgelu:openai"
     dim: int | None = None
-    dim_visual: int | None = None
-    xattn_every: int = 1
-    xattn_placement: str = "near"
-    xattn_dim_head: int = 64
-    xattn_heads: int = 8
-    xattn_ff_mult: int = 4
-    xattn_act: str = "gelu"
-    xattn_init_gain: float = 1.0
-    resampler_depth: int = 6
-    resampler_dim_head: int = 64
-    resampler_heads: int = 8
-    resampler_num_latents: int = 64
-    resampler_num_time_embeds: int = 4
-    resampler_ff_mult: int = 4
-    resampler_act: str = "gelu"
-    resampler_init_gain: float = 1.0
-    resampler_query_gain: float = 1.0
-    resampler_latents_std: float = 1.0
-    resampler_max_num_media: int = 0
-    freeze_language_model: bool = True
-    freeze_vision_model: bool = True
-    only_attend_immediate_media: bool = True
-    vision_feature_norm: bool = True
-    vision_class_token: bool = False
-    decoder_layers_attr_name: str | None = None
-    lm_fingerprint: str | None = None
-    vision_fingerprint: str | None = None
+    feature_norm: bool = True
+    class_token: bool = False
+    freeze: bool = True
+    fingerprint: str | None = None
+
+
+@dataclass
+class ResamplerConfig:
+    """The Perceiver resampler.
+
+    depth: layers, each an attention and a feed-forward. dim_head, heads: attention geometry. num_latents: n.
+    max_num_frames: frames with an embedding of their own (video), 0 for none. max_num_media: places of a picture in its
+        text with an embedding of their own, 0 for none.
+    ff_mult, act: width factor and activation (gelu, relu, sqrelu) of the feed-forward.
+    init_gain, query_gain, latents_std: how the weights begin. The learned latents are the same for every picture, and
+        what attention adds to them is what differs: at 1 and 1 at first a tenth of the whole (init_gain, latents_std).
+        And attention begins all but uniform, so that every latent holds the same mean of all patches; with larger
+        queries each begins with a look of its own (query_gain).
+    """
+
+    depth: int = 6
+    dim_head: int = 64
+    heads: int = 8
+    num_latents: int = 64
+    max_num_frames: int = 0
+    max_num_media: int = 0
+    ff_mult: int = 4
+    act: str = "gelu"
+    init_gain: float = 1.0
+    query_gain: float = 1.0
+    latents_std: float = 1.0
+
+
+@dataclass
+class BlockConfig:
+    """A gated cross-attention block.
+
+    dim_head, heads: attention geometry. ff_mult, act: width factor and activation of the feed-forward.
+    init_gain: scales what the attention adds at first. tanh(gate) is at most 1, so a block whose output is small beside
+        the language model's hidden states has little effect even with its gate wide open, until its weights have grown.
+    """
+
+    dim_head: int = 64
+    heads: int = 8
+    ff_mult: int = 4
+    act: str = "gelu"
+    init_gain: float = 1.0
+
+
+@dataclass
+class CrossAttentionConfig(BlockConfig):
+    """Fusion by gated cross-attention: its blocks, and
+
+    every, placement: which decoder layers get one (`layers_with_cross_attention`).
+    only_immediate_media: a token sees the last picture before it (True), or all pictures before it.
+    """
+
+    every: int = 1
+    placement: str = "near"
+    only_immediate_media: bool = True
+
+    def block_settings(self) -> dict:
+        """The fields of `BlockConfig`."""
+        return {block.name: getattr(self, block.name) for block in dataclasses.fields(BlockConfig)}
+
+
+def layers_with_cross_attention(count: int, every: int, placement: str = "near") -> list[int]:
+    """Which of `count` layers get a cross-attention before them.
+
+    near: the first of each group of `every` (flamingo-mini); far: the last of each group (open_flamingo).
+    """
+    if every < 1:
+        raise ValueError(f"xattn_every must be at least 1, not {every}")
+    if placement not in ("near", "far"):
+        raise ValueError(f"xattn_placement must be near or far, not {placement!r}")
+    offset = 0 if placement == "near" else 1
+    return [i for i in range(count) if (i + offset) % every == 0]
+
+
+@dataclass
+class LanguageConfig:
+    """The language model.
+
+    name: Hugging Face id or folder. dim: D; found from the model when None, checked when given.
+    freeze: False trains its own weights too. decoder_layers: where its layers are, if they cannot be found.
+    fingerprint: of the weights the model was trained with; filled in by us.
+    """
+
+    name: str = "facebook/opt-125m"
+    dim: int | None = None
+    freeze: bool = True
+    decoder_layers: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass
+class ModelConfig:
+    """The architecture. tokenizer_type and fusion_type: names in the tables of model/build.py."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    tokenizer: ResamplerConfig = field(default_factory=ResamplerConfig)
+    fusion: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    tokenizer_type: str = "perceiver"
+    fusion_type: str = "cross-attention"
+
+
+# ------------------------------------------------------------------------------------------- flat names, one by one
+# Those of flamingo-mini that are not simply a part's prefix and a field's name.
+_FLAT_BY_NAME = {
+    "lm": "language.name", "dim": "language.dim", "freeze_language_model": "language.freeze",
+    "decoder_layers_attr_name": "language.decoder_layers", "lm_fingerprint": "language.fingerprint",
+    "clip_model_type": "vision.name", "dim_visual": "vision.dim", "freeze_vision_model": "vision.freeze",
+    "vision_feature_norm": "vision.feature_norm", "vision_class_token": "vision.class_token",
+    "vision_fingerprint": "vision.fingerprint", "resampler_num_time_embeds": "tokenizer.max_num_frames",
+    "only_attend_immediate_media": "fusion.only_immediate_media",
+    "tokenizer_type": "tokenizer_type", "fusion_type": "fusion_type",
+}  # fmt: skip
+_PREFIX = {"resampler_": "tokenizer", "xattn_": "fusion"}
+
+
+def paths(config: ModelConfig) -> dict[str, object]:
+    """{"fusion.heads": 8, …}: every field of a config by its dotted name."""
+    found = {}
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{part.name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
+        else:
+            found[part.name] = value
+    return found
+
+
+def _flat_names() -> dict[str, str]:
+    """Flat name → dotted name of every field; complete by construction."""
+    names = dict(_FLAT_BY_NAME)
+    for path in paths(ModelConfig()):
+        if path not in names.values():
+            part, _, field_name = path.partition(".")
+            prefix = next(prefix for prefix, of in _PREFIX.items() if of == part)
+            names[prefix + field_name] = path
+    return names
+
+
+FLAT = _flat_names()
+
+
+def to_flat(config: ModelConfig) -> dict[str, object]:
+    """As config.json has it."""
+    values = paths(config)
+    return {name: values[path] for name, path in FLAT.items()}
+
+
+def from_flat(settings: dict[str, object]) -> ModelConfig:
+    """Flat settings → a config; what they do not name has its default. Raises InputError for an unknown name."""
+    unknown = sorted(settings.keys() - FLAT.keys())
+    if unknown:
+        raise InputError(
+            f"the model has no setting {unknown[0]!r} (a newer version of this repository, or a typing mistake)"
+        )
+    return with_settings(ModelConfig(), {FLAT[name]: value for name, value in settings.items()})
+
+
+def with_settings(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
+    """A copy with some fields, by dotted name, set to other values. Raises InputError for an unknown name."""
+    copy = dataclasses.replace(
+        config, vision=dataclasses.replace(config.vision), tokenizer=dataclasses.replace(config.tokenizer),
+        fusion=dataclasses.replace(config.fusion), language=dataclasses.replace(config.language),
+    )  # fmt: skip
+    known = paths(copy)
+    for path, value in settings.items():
+        if path not in known:
+            part = path.partition(".")[0]
+            near = [name for name in known if name.startswith(f"{part}.")] or list(known)
+            raise InputError(f"the model has no setting {path!r}: it has {', '.join(near)}")
+        *parts, name = path.split(".")
+        setattr(getattr(copy, parts[0]) if parts else copy, name, value)
+    return copy
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """`fusion.heads=4` → ("fusion.heads", 4). Raises InputError for a value of another kind than the field's."""
+    path, equals, value = text.partition("=")
+    known = {**_types(ModelConfig)}
+    if not equals or path not in known:
+        raise InputError(f"--set {text}: write PART.FIELD=VALUE, where PART.FIELD is one of {', '.join(known)}")
+    kind = known[path]
+    if value == "none" and "None" in kind:
+        return path, None
+    if kind == "bool":
+        if value not in ("true", "false"):
+            raise InputError(f"--set {text}: {path} is true or false")
+        return path, value == "true"
+    convert = next(convert for convert in (int, float, str) if convert.__name__ in kind)
+    try:
+        return path, convert(value)
+    except ValueError:
+        raise InputError(f"--set {text}: {path} is of type {convert.__name__}") from None
+
+
+def _types(config: type) -> dict[str, str]:
+    """Dotted name → how the field's type is written."""
+    found = {}
+    for part in dataclasses.fields(config):
+        if dataclasses.is_dataclass(part.type):
+            found |= {f"{part.name}.{f.name}": _type_name(f.type) for f in dataclasses.fields(part.type)}
+        else:
+            found[part.name] = _type_name(part.type)
+    return found
+
+
+def _type_name(kind) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def option(default, text: str):
+    """A dataclass field with the help line of its command-line option."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainingOptions:
+    """The options of train.py. A preset sets some of the defaults."""
+
+    preset: str = option("classroom", "which recipe to train: classroom, opt-125m or gpt2")
+    data: str | None = option(
+        None, "what to train on: a hub name, a folder of captioned pictures, or a .jsonl, .csv or .parquet file"
+    )
+    image_column: str | None = option(None, "the data's picture column, if it cannot be found")
+    caption_columns: str | None = option(None, "the data's caption columns, comma separated, if they cannot be found")
+    out: str | None = option(None, "run folder to write; a new one under runs/ if not given")
+    resume: str | None = option(
+        None, "go on with the unfinished run in this folder (that of --out or the preset if none is named)"
+    )
+    seed: int = option(0, "random seed of weights, order and (classroom) scenes")
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(64, "examples per step (an example: a picture with its captions, or a document)")
+    accumulate: int = option(1, "batches whose gradients are added up before each optimizer step")
+    lr: float = option(1e-3, "peak learning rate of all that trains but the gates")
+    gate_lr: float = option(0.05, "peak learning rate of the tanh gates")
+    weight_decay: float = option(0.05, "weight decay of the matrices; nothing else decays")
+    warmup_steps: int = option(30, "optimizer steps of linear warmup, before the cosine")
+    clip_norm: float = option(1.0, "largest norm of the gradient")
+    max_tokens: int = option(128, "longest text in tokens; the rest is cut")
+    eval_every: int = option(100, "optimizer steps between validations")
+    save_every: int = option(100, "optimizer steps between the points a killed run can be resumed from")
+    eval_batches: int = option(4, "batches of a validation")
+    cache: str = option(
+        "~/.cache/flamingo", "folder for features of a captioned set's pictures, encoded once (size is said); or off"
+    )
+    workers: int = option(0, "processes that prepare pictures; 0 prepares them in the training process")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, …")
+    dtype: str = option("auto", "precision: float32, bfloat16 (autocast), or auto, which measures the faster one")
+    compile: bool = option(
+        False, "compile the resampler and the cross-attention (torch.compile; the first steps are slow)"
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute the layers' inner values twice instead of keeping them: less memory, a third more time"
+    )
+    lm: str | None = option(None, "language model, Hugging Face id or folder, in place of the preset's")
+    clip_model_type: str | None = option(
+        None, "vision encoder, in place of the preset's (see flamingo/interop/backbones.py)"
+    )
+    overrides: list[str] | None = option(  # noqa: RUF009
+        None,
+        "a field of the architecture, PART.FIELD=VALUE such as fusion.heads=4 (flamingo/config.py); may be repeated",
+    )
+    plain: bool = option(False, "leave out flamingo/fast: the model as flamingo/model has it, slower, the same numbers")

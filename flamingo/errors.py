@@ -1,11 +1,19 @@
-"""The one exception that means "you can mend this": its text is a sentence for the user, not for a developer."""
+"""Mistakes a user can mend: one sentence each, and exit code 2. Internal errors keep their traceback."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """A mistake in an option, a path, the data or a checkpoint. train.py and evaluate.py print it and exit with 2."""
+    """A mistake in an option, a path, the data or a checkpoint. Commands print it and exit with 2."""
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """argparse prints its usage before a mistake; one sentence is enough."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def run_command(name: str, command: Callable[[], None]) -> None:

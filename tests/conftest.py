@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from flamingo.modeling import Flamingo
+from flamingo.config import from_flat
+from flamingo.fast.enable import enable
+from flamingo.model.build import build_from_parts
+from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
 
 IMAGE, EOC, PAD = 51, 50, 1  # ids of the tiny vocabulary: 50 words, then <|endofchunk|> and <image>
 
@@ -36,35 +39,49 @@ def tiny_lm(vocab_size: int = 50, layers: int = 2) -> OPTForCausalLM:
     return OPTForCausalLM(config).eval()
 
 
+def assemble(encoder: nn.Module, lm: nn.Module, **flat) -> VisionLanguageModel:
+    """A model around a tiny encoder of width 12. flat: names of config.json."""
+    return build_from_parts(from_flat(flat), encoder, lm, SpecialTokens(IMAGE, EOC, PAD), dim_visual=12)
+
+
+def open_the_gates(model: VisionLanguageModel) -> VisionLanguageModel:
+    """As after training, so that pictures matter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(0.8)
+    return model.eval()
+
+
 def tiny_flamingo(
     *,
     open_gates: bool = True,
     seed: int = 0,
     vocab_size: int = 50,
     lm: OPTForCausalLM | None = None,
-    **options,
-) -> Flamingo:
-    """open_gates: gates as after training, so that pictures matter; False as at the start. lm: a given one."""
+    fast: tuple[str, ...] = (),
+    **flat,
+) -> VisionLanguageModel:
+    """open_gates: False as at the start. lm: a given one. fast: pieces of flamingo/fast to install."""
     torch.manual_seed(seed)
     shape = {
         "xattn_dim_head": 8, "xattn_heads": 4, "resampler_depth": 2, "resampler_dim_head": 8, "resampler_heads": 2,
         "resampler_num_latents": 3, "resampler_num_time_embeds": 2,
-    } | options  # fmt: skip
-    model = Flamingo(
-        TinyEncoder(), lm or tiny_lm(vocab_size), media_token_id=IMAGE, eoc_token_id=EOC, pad_token_id=PAD,
-        dim_visual=12, **shape,
-    )  # fmt: skip
+    } | flat  # fmt: skip
+    model = assemble(TinyEncoder(), lm or tiny_lm(vocab_size), **shape)
     if open_gates:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("_gate"):
-                    parameter.fill_(0.8)
+        open_the_gates(model)
+    if fast:
+        assert set(enable(model, fast)) == set(fast)
     return model.eval()
 
 
-@pytest.fixture
-def model() -> Flamingo:
-    return tiny_flamingo()
+FAST = ("grouped", "chunked", "packed")  # what a tiny model allows
+
+
+@pytest.fixture(params=[(), FAST], ids=["plain", "fast"])
+def model(request) -> VisionLanguageModel:
+    return tiny_flamingo(fast=request.param)
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 import torch
 from PIL import Image
 
-from flamingo.build import load_language_model
-from flamingo.data import scenes
-from flamingo.data.backbones import patch_names, to_pixels
-from flamingo.data.documents import document
-from flamingo.data.probes import probe_left_half, probe_patches
-from flamingo.options import asset
-from flamingo.vision import load_vision_encoder
+from flamingo.classroom import scenes
+from flamingo.classroom.documents import document
+from flamingo.classroom.pretraining import patch_names, to_pixels
+from flamingo.classroom.probes import probe_left_half, probe_patches
+from flamingo.files import asset
+from flamingo.interop.backbones import load_language_model, load_vision_encoder
 
 FOLDER = asset("classroom")
 
@@ -54,8 +53,8 @@ def test_the_language_model_follows_the_style_of_its_context():
     followed = 0
     for style in scenes.STYLES:
         for seed in range(4):
-            told = [scenes.make_scene(seed, "test", i) for i in range(4)]
-            context = "".join(f" {scene.caption(style)}\n" for scene in told)
+            drawn = [scenes.make_scene(seed, "test", i) for i in range(4)]
+            context = "".join(f" {scene.caption(style)}\n" for scene in drawn)
             ids = tokenizer(context, return_tensors="pt").input_ids
             longer = lm.generate(ids, max_new_tokens=26, do_sample=False)[0, ids.shape[1] :]
             followed += style_of(tokenizer.decode(longer).strip().split("\n")[0]) == style

@@ -5,10 +5,10 @@ import torch
 from conftest import EOC, IMAGE, tiny_flamingo
 from torch import nn
 
-from flamingo.cross_attention import MaskedCrossAttention, who_sees_what
-from flamingo.data import scenes
+from flamingo.classroom import scenes
 from flamingo.evaluation import attention
-from flamingo.resampler import PerceiverAttention
+from flamingo.model.cross_attention import MaskedCrossAttention, media_attention_mask
+from flamingo.model.resampler import PerceiverAttention
 
 
 def test_recomputed_cross_attention_is_the_layers_own():
@@ -17,7 +17,7 @@ def test_recomputed_cross_attention_is_the_layers_own():
     attn = MaskedCrossAttention(dim=16, dim_visual=12, dim_head=4, heads=3)
     x, media = torch.randn(2, 5, 16), torch.randn(3, 6, 12)
     locations = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
-    sight = who_sees_what(locations, torch.tensor([[0, 2], [1, -1]]))
+    sight = media_attention_mask(locations, torch.tensor([[0, 2], [1, -1]]))
     keys_values = attn.project_media(media)
     weights = attention.cross_attention_weights(attn, x, keys_values, sight)  # (B, h, T_txt, T_img·n)
     values = keys_values[1][sight.image_index].permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, h, T_img·n, c)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from benchmarks import classroom, decode, growth, memory, precision, report, shapes, train
+from benchmarks import classroom, common, decode, growth, memory, pieces, precision, shapes, train
 from flamingo.errors import InputError
 
 needs_peer = pytest.mark.skipif(
@@ -80,6 +80,16 @@ def test_both_dtypes_learn_the_same(tmp_path, capsys):
     assert "within 1%" in capsys.readouterr().out
 
 
+def test_the_pieces_compute_the_same_and_are_compared(tmp_path):
+    figure, out = tmp_path / "figure.png", tmp_path / "pieces.json"
+    pieces.main(["--quick", "--rounds", "1", "--device", "cpu", "--json", str(out), "--figure", str(figure)])
+    for case in json.loads(out.read_text())["cases"].values():
+        assert case["ratios"].keys() == pieces.VARIANTS.keys() and case["ratios"]["plain"] == 1
+        assert case["installed"]["all"] == ["grouped", "chunked", "packed", "few_at_once"]
+        assert max(case["losses"].values()) - min(case["losses"].values()) < 1e-4
+    assert figure.stat().st_size
+
+
 def test_the_parts_of_a_classroom_step_add_up(tmp_path):
     figure, out = tmp_path / "figure.png", tmp_path / "classroom.json"
     classroom.main(["--quick", "--device", "cpu", "--json", str(out), "--figure", str(figure)])
@@ -91,7 +101,7 @@ def test_the_parts_of_a_classroom_step_add_up(tmp_path):
 def test_a_missing_peer_is_said_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "open_flamingo.src.flamingo", None)
     with pytest.raises(SystemExit) as exit:
-        report.command("train", train.main, ["--quick", "--device", "cpu"])
+        common.command("train", train.main, ["--quick", "--device", "cpu"])
     assert exit.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "pip install --no-deps open-flamingo==2.0.1 einops-exts" in said

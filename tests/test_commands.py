@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_data import photograph
 
-from flamingo.checkpoint import load_model, write_atomically
 from flamingo.errors import InputError
-from flamingo.options import parse_training_options
+from flamingo.files import write_atomically
+from flamingo.training.checkpoint import load_model
+from flamingo.training.command_line import parse_training_options
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_KEYS = {

@@ -9,9 +9,9 @@ from conftest import IMAGE, tiny_flamingo, tiny_lm
 from transformers import Cache, OPTForCausalLM
 from transformers.utils import ModelOutput
 
-from flamingo import language_model
 from flamingo.errors import InputError
 from flamingo.interop import compat, selfcheck
+from flamingo.model import language_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def test_a_cache_that_is_not_handed_over_is_said_with_the_version(texts, picture
     with pytest.raises(InputError, match=said):
         selfcheck.check_decoding(model)
     # What was going on when it was raised is over: the model is the plain language model again.
-    assert model.lang_encoder._latents is None
+    assert model.lang_encoder._images is None
 
 
 def test_generating_without_a_cache_reads_the_whole_text_each_time(model, texts, pictures):
@@ -87,9 +87,9 @@ def test_generating_without_a_cache_reads_the_whole_text_each_time(model, texts,
 
 def test_steps_that_do_not_see_the_picture_are_found(model, monkeypatch):
     """The self-check compares what is computed, not only what is handed over."""
-    real = language_model.sight_of_next_token
+    real = language_model.mask_of_next_tokens
     blind = lambda images_read, *rest: real(torch.zeros_like(images_read), *rest)  # noqa: E731
-    monkeypatch.setattr(language_model, "sight_of_next_token", blind)
+    monkeypatch.setattr(language_model, "mask_of_next_tokens", blind)
     with pytest.raises(InputError, match=r"logits of cached steps are \d+% off"):
         selfcheck.check_decoding(model)
 
@@ -152,8 +152,8 @@ def test_nothing_else_names_other_libraries_insides():
         if file.name != "compat.py" and names.search(file.read_text())
     }
     # Its own public signature takes the old name, as users write it.
-    assert set(found) <= {str(Path("flamingo/huggingface.py"))}, found
-    assert set(found.get(str(Path("flamingo/huggingface.py")), [])) <= {"past_key_values"}
+    assert set(found) <= {str(Path("flamingo/interop/huggingface.py"))}, found
+    assert set(found.get(str(Path("flamingo/interop/huggingface.py")), [])) <= {"past_key_values"}
 
 
 def test_the_image_token_of_the_check_is_seen(model, pictures):

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import EOC, IMAGE, PAD, tiny_flamingo, tiny_lm
 
-from flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, who_sees_what
-from flamingo.language_model import find_decoder_layers, layers_with_cross_attention
-from flamingo.resampler import PerceiverResampler
+from flamingo.config import layers_with_cross_attention
+from flamingo.interop.compat import find_decoder_layers
+from flamingo.model.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_attention_mask
+from flamingo.model.resampler import PerceiverResampler
 
 
 def close(a, b):
@@ -17,9 +18,9 @@ def close(a, b):
 # ---------------------------------------------------------------------------------------------- who sees what
 def truth_table(ids, index, only_immediate=True):
     ids = torch.tensor([ids])
-    sight = who_sees_what(ids == IMAGE, torch.tensor([index]), only_immediate)
-    mask = sight.mask if sight.mask is not None else sight.sees_image
-    return mask[0].int().tolist(), sight.sees_image[0, :, 0].int().tolist()
+    media_mask = media_attention_mask(ids == IMAGE, torch.tensor([index]), only_immediate)
+    mask = media_mask.mask if media_mask.mask is not None else media_mask.sees_image
+    return mask[0].int().tolist(), media_mask.sees_image[0, :, 0].int().tolist()
 
 
 def test_a_token_sees_the_last_picture_before_it():
@@ -49,8 +50,8 @@ def test_more_image_tokens_than_pictures_is_an_error():
 def test_text_before_the_first_picture_gets_exactly_zero(only_immediate):
     attention = MaskedCrossAttention(dim=8, dim_visual=6, dim_head=4, heads=2)
     media_locations = torch.tensor([[False, False, True, False, True]])
-    sight = who_sees_what(media_locations, torch.tensor([[0, 1]]), only_immediate)
-    out = attention(torch.randn(1, 5, 8), attention.project_media(torch.randn(2, 3, 6)), sight)
+    media_mask = media_attention_mask(media_locations, torch.tensor([[0, 1]]), only_immediate)
+    out = attention(torch.randn(1, 5, 8), attention.project_media(torch.randn(2, 3, 6)), media_mask)
     assert (out[0, :2] == 0).all()
     assert (out[0, 2:] != 0).any(dim=-1).all()
 
@@ -58,8 +59,8 @@ def test_text_before_the_first_picture_gets_exactly_zero(only_immediate):
 def test_cross_attention_is_softmax_over_the_latents_of_the_one_picture():
     attention = MaskedCrossAttention(dim=8, dim_visual=6, dim_head=8, heads=1)
     x, media = torch.randn(1, 4, 8), torch.randn(2, 3, 6)
-    sight = who_sees_what(torch.tensor([[True, False, True, False]]), torch.tensor([[0, 1]]))
-    out = attention(x, attention.project_media(media), sight)
+    media_mask = media_attention_mask(torch.tensor([[True, False, True, False]]), torch.tensor([[0, 1]]))
+    out = attention(x, attention.project_media(media), media_mask)
     q = attention.to_q(attention.norm(x))[0]
     for token, picture in enumerate([0, 0, 1, 1]):
         k, v = attention.to_kv(media[picture]).chunk(2, dim=-1)
@@ -78,7 +79,7 @@ def test_before_training_the_model_is_the_language_model_bit_for_bit(texts, pict
     plain = tiny_lm(vocab_size)
     words = torch.where(texts >= 50, 3, texts)  # the plain model knows no added tokens
     old = [i for i in range(vocab_size) if i not in (IMAGE, EOC)]
-    with model.fuse(*model.prepare_images(pixel_values=pictures), generating=False):
+    with model.reading(model.prepare_images(pixel_values=pictures), words):
         ours = model.lang_encoder(input_ids=words).logits
     assert torch.equal(ours[..., old], plain(input_ids=words).logits[..., old])
     looked = model(texts, pixel_values=pictures).logits
@@ -88,8 +89,8 @@ def test_before_training_the_model_is_the_language_model_bit_for_bit(texts, pict
 def test_a_gate_block_changes_nothing_at_first():
     block = GatedCrossAttentionBlock(dim=8, dim_visual=6, dim_head=4, heads=2)
     x = torch.randn(2, 3, 8)
-    sight = who_sees_what(torch.tensor([[True, False, False]] * 2), torch.tensor([[0], [0]]))
-    assert torch.equal(block(x, block.attn.project_media(torch.randn(1, 3, 6)), sight), x)
+    media_mask = media_attention_mask(torch.tensor([[True, False, False]] * 2), torch.tensor([[0], [0]]))
+    assert torch.equal(block(x, block.attn.project_media(torch.randn(1, 3, 6)), media_mask), x)
 
 
 # --------------------------------------------------------------------------------- pictures and their captions
@@ -134,7 +135,7 @@ def test_wrong_shapes_and_indices_are_named(model, texts, pictures):
         model(texts)
     with pytest.raises(ValueError, match=r"pixel_values must be \(B, T_img, F, C, H, W\)"):
         model(texts, pixel_values=pictures[0])
-    with pytest.raises(ValueError, match="picture 7 of a bank of 4"):
+    with pytest.raises(ValueError, match="picture 7 of 4"):
         model(texts, pixel_values=pictures.flatten(0, 1), image_index=torch.tensor([[0, 1], [2, 7]]))
 
 
@@ -209,8 +210,8 @@ def test_image_and_padding_are_never_generated(model, pictures):
 
 # ---------------------------------------------------------------------------------------------------- training
 def one_training_run(model, texts, pictures, steps=3):
-    from flamingo.options import TrainingOptions
-    from flamingo.training import make_optimizer
+    from flamingo.config import TrainingOptions
+    from flamingo.training.optimizer import make_optimizer
 
     options = TrainingOptions(weight_decay=0.5)
     optimizer = make_optimizer(model.train(), options)
@@ -239,8 +240,8 @@ def test_training_moves_what_trains_and_nothing_else(texts, pictures, vocab_size
 
 
 def test_only_matrices_decay_and_gates_have_their_own_rate(model):
-    from flamingo.options import TrainingOptions
-    from flamingo.training import make_optimizer
+    from flamingo.config import TrainingOptions
+    from flamingo.training.optimizer import make_optimizer
 
     options = TrainingOptions(lr=1e-3, gate_lr=0.03, weight_decay=0.1)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -260,7 +261,6 @@ def test_loss_is_that_of_the_labelled_tokens_only(model, texts, pictures):
     full = model(texts, pixel_values=pictures).logits
     by_hand = F.cross_entropy(torch.stack([full[0, 2], full[1, 7]]), torch.stack([texts[0, 3], texts[1, 8]]))
     close(out.loss, by_hand)
-    assert out.logits is None
 
 
 def test_a_batch_without_targets_has_zero_loss_and_zero_gradient(model, texts, pictures):
@@ -319,7 +319,7 @@ def test_layers_and_class_of_an_extended_model(model):
         "FlamingoLMMixin",
         "OPTForCausalLM",
     ]
-    assert type(lm).__module__ == "flamingo.language_model"
+    assert type(lm).__module__ == "flamingo.model.language_model"
     assert len(lm._get_decoder_layers()) == 2
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert "lang_encoder.model.decoder.layers.0.gated_cross_attn_layer.attn.to_kv.weight" in names

@@ -9,14 +9,14 @@ import torch
 from conftest import EOC, IMAGE, PAD
 from PIL import Image, ImageDraw, ImageFilter
 
-from flamingo.data import scenes
+from flamingo.classroom import scenes
+from flamingo.classroom.examples import ClassroomScenes
+from flamingo.config import TrainingOptions
 from flamingo.data.batches import StepSampler, caption_labels
 from flamingo.data.captions import load_captions, parse_interleaved, to_rgb
-from flamingo.data.classroom import ClassroomScenes
-from flamingo.data.sources import training_sets
+from flamingo.data.processor import Chunk
 from flamingo.errors import InputError
-from flamingo.options import TrainingOptions
-from flamingo.processor import Chunk
+from flamingo.training.sources import training_sets
 
 
 # ------------------------------------------------------------------------------------------------------ scenes
@@ -135,8 +135,8 @@ def test_an_invented_name_is_told_once_and_then_asked_for():
     texts = [text for i in range(1000) for text in ClassroomScenes("train")[i].texts if is_naming(text)]
     assert len(texts) > 10
     for chunks in texts:
-        told, asked = {c.prompt for c in chunks[:2]}, {c.caption for c in chunks[2:]}
-        assert len(told) == 2 and asked <= told <= set(scenes.INVENTED)
+        prompts, asked = {c.prompt for c in chunks[:2]}, {c.caption for c in chunks[2:]}
+        assert len(prompts) == 2 and asked <= prompts <= set(scenes.INVENTED)
         assert not any(c.caption for c in chunks[:2]) and not any(c.prompt for c in chunks[2:])
 
 
@@ -149,8 +149,8 @@ def test_loss_is_on_captions_and_their_end_only():
 
 def test_prompts_are_told_not_asked_and_text_without_pictures_has_no_loss():
     ids = torch.tensor([[2, IMAGE, 6, 7, EOC], [2, 5, 6, 7, 8]])
-    told = torch.tensor([[0, 0, 1, 0, 0], [0] * 5]).bool()
-    labels = caption_labels(ids, torch.ones_like(ids), IMAGE, EOC, told)
+    prompt_mask = torch.tensor([[0, 0, 1, 0, 0], [0] * 5]).bool()
+    labels = caption_labels(ids, torch.ones_like(ids), IMAGE, EOC, prompt_mask)
     assert labels.tolist() == [[-100, -100, -100, 7, EOC], [-100] * 5]
 
 
@@ -181,21 +181,21 @@ def test_batches_are_of_similar_length_and_every_epoch_shows_everything_once():
 
 
 @pytest.mark.parametrize("steps", [10, 5000])
-def test_a_run_of_any_length_leaves_the_first_lessons(steps):
+def test_a_run_of_any_length_leaves_the_curriculum(steps):
     train, _ = training_sets(TrainingOptions(steps=steps, batch_size=64))
     assert len(train) >= steps * 64
-    first = [i < train.first_lessons for i in range(0, steps * 64, steps)]
+    first = [i < train.curriculum for i in range(0, steps * 64, steps)]
     assert first[0] and not first[-1] and len(set(first)) == 2
-    told = {chunk.prompt for i in range(train.first_lessons, train.first_lessons + 60) for chunk in train[i].texts[0]}
-    assert {"In a sentence:", "As a story:"} <= told
+    prompts = {chunk.prompt for i in range(train.curriculum, train.curriculum + 60) for chunk in train[i].texts[0]}
+    assert {"In a sentence:", "As a story:"} <= prompts
 
 
-def test_first_lessons_come_first_once():
-    steps = list(StepSampler(lambda i: 0, 64, batch_size=8, steps=16, seed=0, first_lessons=16))
+def test_curriculum_come_first_once():
+    steps = list(StepSampler(lambda i: 0, 64, batch_size=8, steps=16, seed=0, curriculum=16))
     assert sorted(i for batch in steps[:2] for i in batch) == list(range(16))
     assert sorted(i for batch in steps[2:8] for i in batch) == list(range(16, 64))
     assert sorted(i for batch in steps[8:10] for i in batch) != list(range(16))
-    lessons = ClassroomScenes("train", first_lessons=50)
+    lessons = ClassroomScenes("train", curriculum=50)
     prompts = {text[0].prompt for i in range(50) for text in lessons[i].texts}
     assert prompts == {"As a list:", "As a telegram:"}
 

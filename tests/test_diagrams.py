@@ -7,11 +7,11 @@ import torch
 from conftest import IMAGE, tiny_flamingo
 from PIL import Image
 
-from flamingo import diagrams, picture_diagrams
-from flamingo.data.scenes import make_scene
-from flamingo.drawing import PICTURE_COLORS, TRAINED, Card
-from flamingo.figures import plt
-from flamingo.processor import pad_image_index
+from flamingo.classroom.scenes import make_scene
+from flamingo.data.processor import pad_image_index
+from flamingo.figures import diagrams, picture_diagrams
+from flamingo.figures.drawing import PICTURE_COLORS, TRAINED, Card
+from flamingo.figures.run_figures import plt
 
 
 def test_the_mask_that_is_drawn_is_that_of_the_model():

@@ -19,19 +19,19 @@ import torch
 from PIL import Image
 
 import evaluate
-from flamingo.build import build_flamingo
-from flamingo.checkpoint import save_model
-from flamingo.config import FlamingoConfig
-from flamingo.data import scenes
+from flamingo.classroom import scenes
+from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
 from flamingo.evaluation import attention, controls
-from flamingo.evaluation.answers import Answerer
-from flamingo.evaluation.exam import Exam, Item, classroom_exam, classroom_items
-from flamingo.evaluation.examine import examine, plan
 from flamingo.evaluation.few_shot import FewShot, check_shots, choose_examples, curve, prompt_text
 from flamingo.evaluation.parts import FILE, Parts
+from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.report import report_page
-from flamingo.options import PRESETS, TrainingOptions
+from flamingo.evaluation.run import plan, run_plan
+from flamingo.evaluation.test_set import EvaluationSet, Item, classroom_items, classroom_test_set
+from flamingo.interop.backbones import build_flamingo
+from flamingo.presets import model_config
+from flamingo.training.checkpoint import save_model
 
 ARGUMENTS = {"seed": 0, "shots": [0, 2], "queries": 4, "trials": 2, "demos": "random", "zero_shot": "bare",
              "template": ""}  # fmt: skip
@@ -52,34 +52,34 @@ def a_small_exam():
 
 
 @pytest.fixture(scope="module")
-def answerer(a_small_exam) -> Answerer:
+def predictor(a_small_exam) -> Predictor:
     """The classroom's backbones under a fresh, untrained Flamingo. Never fill its bank: take `fresh`."""
     torch.manual_seed(0)
-    model, processor = build_flamingo(FlamingoConfig(**PRESETS["classroom"]["model"]))
+    model, processor, _ = build_flamingo(model_config(TrainingOptions()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):
                 parameter.fill_(0.5)
-    return Answerer(model.eval(), processor)
+    return Predictor(model.eval(), processor)
 
 
 @pytest.fixture
-def fresh(answerer) -> Answerer:
+def fresh(predictor) -> Predictor:
     """The same model with an empty bank."""
-    return Answerer(answerer.model, answerer.processor)
+    return Predictor(predictor.model, predictor.processor)
 
 
 @pytest.fixture(scope="module")
-def exam(a_small_exam) -> Exam:
-    return classroom_exam(None, 6, seed=0)
+def test_set(a_small_exam) -> EvaluationSet:
+    return classroom_test_set(None, 6, seed=0)
 
 
 @pytest.fixture(scope="module")
-def result(answerer, exam, tmp_path_factory) -> dict:
+def result(predictor, test_set, tmp_path_factory) -> dict:
     """A whole small evaluation."""
-    examined = Answerer(answerer.model, answerer.processor)
+    examined = Predictor(predictor.model, predictor.processor)
     parts = Parts(tmp_path_factory.mktemp("run"), {})
-    found = examine(plan(exam, examined, arguments()), examined, parts)
+    found = run_plan(plan(test_set, examined, arguments()), examined, parts)
     return found | {"seconds": 1.0, "cost": {"device": "cpu"}, "options": {"lr": 0.1}, "config": {"lm": "opt"}}
 
 
@@ -91,29 +91,30 @@ def items_of(captions: list[str]) -> list[Item]:
 def test_the_verdict_tells_a_model_that_looks_from_one_that_does_not():
     truths = [f"a {name} on {ground} ground" for name in ("dog", "cat", "cow", "bee") for ground in ("red", "blue")] * 3
     support = items_of(["a fox on red ground", "a bee on red ground"])
-    exam = Exam("x", "test", items_of(truths), [], support, classroom=True)
+    test_set = EvaluationSet("x", "test", items_of(truths), [], support, classroom=True)
     shuffled = truths[1:] + truths[:1]
     constant = ["a dog on red ground"] * len(truths)
     said = {"own": truths, "blind": constant, "shuffled": shuffled, "constant": constant, "copy_demo": constant}
-    looking = controls.score_with_controls(exam, said | {"novel": []}, seed=0)
+    looking = controls.score_with_controls(test_set, said | {"novel": []}, seed=0)
     assert looking["looks"] and looking["verdict"].startswith("It looks: exact match 1.000")
     assert looking["exact_match"] == 1 and looking["controls"]["shuffled"]["exact_match"]["value"] == 0
     assert looking["gain"]["blind"]["low"] > 0.5
     assert looking["metrics"]["cider_d"].keys() == {"value", "low", "high", "n", "scale"}
 
     # a collapsed model says the same whatever it is shown: right now and then, but never because of the picture
-    collapsed = controls.score_with_controls(exam, {name: constant for name in said} | {"novel": []}, seed=0)
+    collapsed = controls.score_with_controls(test_set, {name: constant for name in said} | {"novel": []}, seed=0)
     assert not collapsed["looks"] and collapsed["verdict"].startswith("Nothing shows that it looks")
     assert collapsed["exact_match"] > 0
 
 
-def test_a_copied_example_is_never_the_right_caption(exam):
+def test_a_copied_example_is_never_the_right_caption(test_set):
     assert all(
-        said not in item.truths for said, item in zip(controls.copied_captions(exam, 0), exam.items, strict=True)
+        said not in item.truths
+        for said, item in zip(controls.copied_captions(test_set, 0), test_set.items, strict=True)
     )
-    said = controls.copied_captions(exam, 0)
-    assert said == controls.copied_captions(exam, 0) != controls.copied_captions(exam, 1)
-    assert len(set(controls.constant_captions(exam))) == len({item.style for item in exam.items})
+    said = controls.copied_captions(test_set, 0)
+    assert said == controls.copied_captions(test_set, 0) != controls.copied_captions(test_set, 1)
+    assert len(set(controls.constant_captions(test_set))) == len({item.style for item in test_set.items})
 
 
 def test_evaluation_json_has_every_key_it_promises(result):
@@ -133,23 +134,25 @@ def test_evaluation_json_has_every_key_it_promises(result):
     json.dumps(result, allow_nan=False)
 
 
-def test_pictures_are_encoded_once(exam):
+def test_pictures_are_encoded_once(test_set):
     """Controls, shots, trials and tasks share one bank; only the resampler's attention asks for some again."""
     torch.manual_seed(0)
-    model, processor = build_flamingo(FlamingoConfig(**PRESETS["classroom"]["model"]))
-    examined, encoded = Answerer(model, processor), []
+    model, processor, _ = build_flamingo(model_config(TrainingOptions()))
+    examined, encoded = Predictor(model, processor), []
     model.vision_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    todo = plan(exam, examined, arguments(shots=[0, 1]))
+    todo = plan(test_set, examined, arguments(shots=[0, 1]))
     task = todo.tasks["captions"]
     for shots in (1, 2):
-        said = examined.say([prompt_text(task.queries[0], [task.solve(task.support[0], task.queries[0])] * shots)], "x")
+        said = examined.predict(
+            [prompt_text(task.queries[0], [task.solve(task.support[0], task.queries[0])] * shots)], "x"
+        )
         assert len(said) == 1
     assert sum(encoded) == len(examined.pictures)
 
 
 # ------------------------------------------------------------------------------------------------------- prompts
-def test_a_prompt_of_shots_is_one_document(fresh, exam):
-    task = plan(exam, fresh, arguments(template="Output:")).tasks["captions"]
+def test_a_prompt_of_shots_is_one_document(fresh, test_set):
+    task = plan(test_set, fresh, arguments(template="Output:")).tasks["captions"]
     query = task.queries[0]
     examples = [task.solve(row, query) for row in task.support[:2]]
     ids, _ = fresh.processor.encode_chunks(prompt_text(query, examples), open_end=True)
@@ -164,8 +167,8 @@ def test_a_prompt_of_shots_is_one_document(fresh, exam):
     assert [i for i in ids if i != image] == [i for i in bare if i != image]
 
 
-def test_examples_are_told_in_the_querys_style_and_never_give_it_away(fresh, exam):
-    task = plan(exam, fresh, arguments()).tasks["captions"]
+def test_examples_are_told_in_the_querys_style_and_never_give_it_away(fresh, test_set):
+    task = plan(test_set, fresh, arguments()).tasks["captions"]
     chosen = choose_examples(task, 3, FewShot([3]), 0, fresh)
     for query, examples in zip(task.queries, chosen, strict=True):
         assert len(examples) == 3 and len({example.picture for example in examples}) == 3
@@ -176,8 +179,8 @@ def test_examples_are_told_in_the_querys_style_and_never_give_it_away(fresh, exa
     assert [own[-1:] for own in chosen] == choose_examples(task, 1, FewShot([3]), 0, fresh)
 
 
-def test_rices_takes_the_most_similar_pictures_and_puts_the_best_last(fresh, exam):
-    task = plan(exam, fresh, arguments()).tasks["captions"]
+def test_rices_takes_the_most_similar_pictures_and_puts_the_best_last(fresh, test_set):
+    task = plan(test_set, fresh, arguments()).tasks["captions"]
     query, (examples, *_) = task.queries[0], choose_examples(task, 4, FewShot([4], demos="rices"), 0, fresh)
     likeness = [(fresh.pooled[example.picture] @ fresh.pooled[query.row]).item() for example in examples]
     assert likeness == sorted(likeness)
@@ -185,16 +188,18 @@ def test_rices_takes_the_most_similar_pictures_and_puts_the_best_last(fresh, exa
     assert sum(value > likeness[0] for value in others.tolist()) <= 1  # one may have been the query's own caption
 
 
-def test_a_model_that_follows_its_examples_is_found_out(fresh, exam, tmp_path):
+def test_a_model_that_follows_its_examples_is_found_out(fresh, test_set, tmp_path):
     """An answerer that knows every picture but takes the style from the last example: the curve must rise to 1."""
-    task = plan(exam, fresh, arguments()).tasks["captions"]
-    by_row = {query.row: scene for query, scene in zip(task.queries, (item.scene for item in exam.items), strict=False)}
-    support = dict(zip(task.support, (item.scene for item in exam.support), strict=True))
+    task = plan(test_set, fresh, arguments()).tasks["captions"]
+    by_row = {
+        query.row: scene for query, scene in zip(task.queries, (item.scene for item in test_set.items), strict=False)
+    }
+    support = dict(zip(task.support, (item.scene for item in test_set.support), strict=True))
 
     class Follower:
         pooled = None
 
-        def say(self, texts, title, blind=False):
+        def predict(self, texts, title, blind=False):
             def style_of(example):
                 return next(s for s in scenes.STYLES if support[example.picture].caption(s) == example.caption)
 
@@ -207,13 +212,13 @@ def test_a_model_that_follows_its_examples_is_found_out(fresh, exam, tmp_path):
     assert table["2"]["text_only_demos"] == 1 / 4  # it reads styles off examples with pictures only
 
 
-def test_zero_shots_may_mean_two_texts(fresh, exam, tmp_path):
-    task, asked = plan(exam, fresh, arguments()).tasks["captions"], []
+def test_zero_shots_may_mean_two_texts(fresh, test_set, tmp_path):
+    task, asked = plan(test_set, fresh, arguments()).tasks["captions"], []
 
     class Listener:
         pooled = None
 
-        def say(self, texts, title, blind=False):
+        def predict(self, texts, title, blind=False):
             asked.extend(texts)
             return [""] * len(texts)
 
@@ -221,8 +226,8 @@ def test_zero_shots_may_mean_two_texts(fresh, exam, tmp_path):
     assert asked and all([chunk.picture is None for chunk in text] == [True, True, False] for text in asked)
 
 
-def test_fast_binding_shows_each_thing_once_and_asks_about_another_picture_of_it(fresh, exam):
-    todo = plan(exam, fresh, arguments(queries=50))
+def test_fast_binding_shows_each_thing_once_and_asks_about_another_picture_of_it(fresh, test_set):
+    todo = plan(test_set, fresh, arguments(queries=50))
     rows = {}
     for episode in todo.episodes["fast binding_novel"]:
         assert len(set(episode.names)) == 2 and set(episode.names) <= set(scenes.INVENTED)
@@ -233,10 +238,10 @@ def test_fast_binding_shows_each_thing_once_and_asks_about_another_picture_of_it
     assert {episode.right for episode in rows.values()} == {0, 1}
 
 
-def test_words_are_found_again_in_tokens(answerer, exam):
-    item = exam.items[0]
+def test_words_are_found_again_in_tokens(predictor, test_set):
+    item = test_set.items[0]
     caption = "a hedgehog on a purple ground"
-    looks = attention.word_looks(answerer.model, answerer.processor, [item.picture], [item.prompt], [caption])
+    looks = attention.word_looks(predictor.model, predictor.processor, [item.picture], [item.prompt], [caption])
     assert [look.word for look in looks] == caption.split()
     assert all(look.grid.shape == (6, 6) and look.grid.sum().item() == pytest.approx(1, abs=1e-4) for look in looks)
 
@@ -264,26 +269,26 @@ def test_changed_arguments_and_damaged_parts_start_anew(tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_a_killed_evaluation_ends_as_one_that_was_not(answerer, exam, result, tmp_path, monkeypatch):
+def test_a_killed_evaluation_ends_as_one_that_was_not(predictor, test_set, result, tmp_path, monkeypatch):
     """Stopped in the middle of the few-shot part; everything before is kept."""
-    examined = Answerer(answerer.model, answerer.processor)
-    say, calls = Answerer.say, []
+    examined = Predictor(predictor.model, predictor.processor)
+    predict, calls = Predictor.predict, []
 
     def stop_at_six(self, texts, title, **control):
         if len(calls) == 6:
             raise KeyboardInterrupt
         calls.append(title)
-        return say(self, texts, title, **control)
+        return predict(self, texts, title, **control)
 
-    monkeypatch.setattr(Answerer, "say", stop_at_six)
+    monkeypatch.setattr(Predictor, "say", stop_at_six)
     with pytest.raises(KeyboardInterrupt):
-        examine(plan(exam, examined, arguments()), examined, Parts(tmp_path, {}))
+        run_plan(plan(test_set, examined, arguments()), examined, Parts(tmp_path, {}))
     done, calls[:] = list(calls), []
     monkeypatch.setattr(
-        Answerer, "say", lambda self, texts, title, **c: calls.append(title) or say(self, texts, title, **c)
+        Predictor, "say", lambda self, texts, title, **c: calls.append(title) or predict(self, texts, title, **c)
     )
-    examined = Answerer(answerer.model, answerer.processor)
-    found = examine(plan(exam, examined, arguments()), examined, Parts(tmp_path, {}))
+    examined = Predictor(predictor.model, predictor.processor)
+    found = run_plan(plan(test_set, examined, arguments()), examined, Parts(tmp_path, {}))
     assert len(done) == 6 and not set(done) & set(calls)
     for name in ("metrics", "controls", "shots", "fast_binding", "examples"):
         assert found[name] == result[name]
@@ -291,12 +296,12 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(answerer, exam, result, tm
 
 # ----------------------------------------------------------------------------------------------------- the command
 @pytest.fixture(scope="module")
-def run_folder(answerer, tmp_path_factory) -> Path:
+def run_folder(predictor, tmp_path_factory) -> Path:
     """What train.py leaves behind, without the training."""
     folder = tmp_path_factory.mktemp("runs") / "untrained"
     folder.mkdir()
-    config = FlamingoConfig(**PRESETS["classroom"]["model"])
-    save_model(folder, answerer.model, answerer.processor, config)
+    config = model_config(TrainingOptions())
+    save_model(folder, predictor.model, predictor.processor, config)
     summary = {"seconds": 1.0, "device": "cpu", "dtype": "float32", "options": dataclasses.asdict(TrainingOptions())}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -352,7 +357,7 @@ def test_mistakes_in_options(words, reason):
 
 
 def test_mistakes_are_said_before_anything_runs(run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Answerer, "say", lambda *_, **__: pytest.fail("something was run"))
+    monkeypatch.setattr(Predictor, "say", lambda *_, **__: pytest.fail("something was run"))
     before = sorted(path.name for path in run_folder.iterdir())
     data = captioned_folder(tmp_path / "set", {"train": 6, "test": 3})
     cases = [
@@ -375,10 +380,10 @@ def test_mistakes_are_said_before_anything_runs(run_folder, tmp_path, monkeypatc
     assert sorted(path.name for path in run_folder.iterdir()) == before
 
 
-def test_the_number_of_shots_that_fits_does_fit(fresh, exam):
+def test_the_number_of_shots_that_fits_does_fit(fresh, test_set):
     """The number in the sentence must itself be accepted, and leave room for the answer."""
-    exam = replace(exam, support=classroom_items("train", 60, seed=1))
-    task = plan(exam, fresh, arguments(shots=[1])).tasks["captions"]
+    test_set = replace(test_set, support=classroom_items("train", 60, seed=1))
+    task = plan(test_set, fresh, arguments(shots=[1])).tasks["captions"]
     with pytest.raises(InputError, match="--shots 50 does not fit: the language model has 512 positions") as caught:
         check_shots(task, FewShot([50]), fresh)
     fit = int(re.search(r"at most (\d+) shots", str(caught.value)).group(1))
@@ -390,12 +395,12 @@ def test_the_number_of_shots_that_fits_does_fit(fresh, exam):
     assert fit > 8 and longest + 8 <= 512
 
 
-def test_of_the_usual_shots_those_that_fit_are_kept(fresh, exam):
-    assert plan(exam, fresh, arguments(shots=None)).how.shots == [0, 1, 2, 4, 8]
-    few = Exam("x", "test", items_of(["a", "b"]), [], items_of(["c", "d", "a"]))
-    assert plan(few, Answerer(fresh.model, fresh.processor), arguments(shots=None)).how.shots == [0, 2]
+def test_of_the_usual_shots_those_that_fit_are_kept(fresh, test_set):
+    assert plan(test_set, fresh, arguments(shots=None)).how.shots == [0, 1, 2, 4, 8]
+    few = EvaluationSet("x", "test", items_of(["a", "b"]), [], items_of(["c", "d", "a"]))
+    assert plan(few, Predictor(fresh.model, fresh.processor), arguments(shots=None)).how.shots == [0, 2]
     with pytest.raises(InputError, match=r"--shots 3 asks for more .* at most 2 \(captions\)"):  # "a" gives it away
-        plan(few, Answerer(fresh.model, fresh.processor), arguments(shots=[3]))
+        plan(few, Predictor(fresh.model, fresh.processor), arguments(shots=[3]))
 
 
 # -------------------------------------------------------------------------------------------------------- report
@@ -412,12 +417,12 @@ class Page(HTMLParser):
         self.links += [value for name, value in attrs if name in ("src", "href")]
 
 
-def test_the_report_stands_alone_and_escapes_what_people_wrote(result, exam):
+def test_the_report_stands_alone_and_escapes_what_people_wrote(result, test_set):
     nasty = "<script>alert(1)</script> & $x$"
     examples = [dict(result["examples"][0], said=nasty), *result["examples"][1:]]
     looked = {"item": 0, "word": "dog", "grid": [[0.1] * 6] * 6}  # an untrained model may not have said one word
     attention = result["attention"] | {"examples": [looked]}
-    text = report_page("run", exam, result | {"examples": examples, "attention": attention})
+    text = report_page("run", test_set, result | {"examples": examples, "attention": attention})
     page = Page(text)
     assert "script" not in page.tags and "link" not in page.tags and "&lt;script&gt;" in text
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
@@ -447,10 +452,10 @@ def browse(folder: Path, page: str, *options: str) -> str:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on this machine")
-def test_a_browser_shows_the_report_on_a_phone_and_its_filter_works(result, exam, tmp_path):
+def test_a_browser_shows_the_report_on_a_phone_and_its_filter_works(result, test_set, tmp_path):
     """The page is measured by a script that this test adds; the page itself has none."""
     right = [dict(example, right=i == 0) for i, example in enumerate(result["examples"])]
-    page = report_page("run", exam, result | {"examples": right})
+    page = report_page("run", test_set, result | {"examples": right})
     probe = """<script>addEventListener('load', () => {
         const cards = kind => [...document.querySelectorAll('input ~ .cards .' + kind)];
         const shown = kind => cards(kind).filter(card => card.offsetHeight).length;

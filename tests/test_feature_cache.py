@@ -16,7 +16,7 @@ from flamingo.data.batches import Batch
 from flamingo.data.captions import CaptionedPictures, load_captions
 from flamingo.data.feature_cache import FeatureCache, cache_key, with_cached_features
 from flamingo.errors import InputError
-from flamingo.vision import VisionEncoder
+from flamingo.model.vision import VisionEncoder
 
 
 class CountingEncoder(VisionEncoder):
@@ -184,8 +184,9 @@ def test_the_loss_from_float16_features_is_that_from_pixels():
     pixels = torch.randn(2, 1, 3, 8, 8)
     ids = torch.tensor([[2, IMAGE, 11, 12, EOC], [2, IMAGE, 13, 14, EOC], [2, IMAGE, 15, 16, EOC]])
     labels = ids.masked_fill(ids < 10, -100).masked_fill(ids == IMAGE, -100)
-    texts = (torch.tensor([[0], [0], [1]]), ids, torch.ones_like(ids), labels)
-    from_pixels, cached = Batch(*texts, pixel_values=pixels), Batch(*texts, features=model.encode_images(pixels).half())
+    texts, index = (ids, torch.ones_like(ids), labels), torch.tensor([[0], [0], [1]])
+    from_pixels = Batch(*texts, image_index=index, pixel_values=pixels)
+    cached = Batch(*texts, image_index=index, features=model.encode_images(pixels).half())
     a, b = (model(**batch.to("cpu").inputs()).loss.item() for batch in (from_pixels, cached))
     assert a == pytest.approx(b, rel=1e-3) and a != b
     assert len(cached.first(2).features) == 1 and len(from_pixels.first(3).pixel_values) == 2

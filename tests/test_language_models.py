@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import EOC, IMAGE, PAD, TinyEncoder
+from conftest import EOC, IMAGE, PAD, TinyEncoder, assemble, open_the_gates
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flamingo.language_model import find_decoder_layers
-from flamingo.modeling import Flamingo
-from flamingo.packing import PACKABLE
+from flamingo.fast.enable import enable
+from flamingo.fast.packing import PACKABLE
+from flamingo.interop.compat import find_decoder_layers
+from flamingo.model.vlm import VisionLanguageModel
 
 COMMON = {"vocab_size": 50, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 2}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -40,18 +41,17 @@ def tiny_lm_of(family: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def extended(lm: nn.Module, *, open_gates: bool = True, **options) -> Flamingo:
+def extended(lm: nn.Module, *, open_gates: bool = True, fast: bool = False, **flat) -> VisionLanguageModel:
     torch.manual_seed(0)
     shape = {
         "xattn_dim_head": 8, "xattn_heads": 2, "resampler_depth": 1, "resampler_dim_head": 8, "resampler_heads": 2,
         "resampler_num_latents": 3,
-    } | options  # fmt: skip
-    ids = {"media_token_id": IMAGE, "eoc_token_id": EOC, "pad_token_id": PAD}
-    model = Flamingo(TinyEncoder(), lm, dim_visual=12, **ids, **shape)
+    } | flat  # fmt: skip
+    model = assemble(TinyEncoder(), lm, **shape)
     if open_gates:
-        for name, parameter in model.named_parameters():
-            if name.endswith("_gate"):
-                parameter.data.fill_(0.8)
+        open_the_gates(model)
+    if fast:
+        enable(model)
     return model.eval()
 
 
@@ -67,8 +67,7 @@ def test_identity_at_the_start(family, texts, pictures):
     model = extended(lm, open_gates=False)
     with torch.no_grad():
         before = plain(input_ids=ids).logits
-        latents = model.tokenize_images(model.encode_images(pictures.flatten(0, 1)))
-        with model.fuse(latents, torch.arange(4).view(2, 2)):
+        with model.reading(model.prepare_images(pixel_values=pictures), ids):
             after = model.lang_encoder(input_ids=ids).logits
     assert torch.equal(before, after[..., : before.shape[-1]])
 
@@ -84,17 +83,19 @@ def test_one_step_moves_what_trains_and_nothing_else(family, texts, pictures):
     assert {name for name in before if any(part in name for part in added)} == moved
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @torch.no_grad()
-def test_the_loss_is_that_of_the_logits_it_gives(family, texts, pictures):
-    model = extended(tiny_lm_of(family))
+def test_the_loss_is_that_of_the_logits_it_gives(family, texts, pictures, fast):
+    model = extended(tiny_lm_of(family), fast=fast)
     logits = model(texts, pixel_values=pictures).logits
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten())
     torch.testing.assert_close(model(texts, labels=texts, pixel_values=pictures).loss, expected)
 
 
-def test_padding_changes_neither_loss_nor_gradient_nor_takes_work(family, pictures):
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+def test_padding_changes_neither_loss_nor_gradient_nor_takes_work(family, pictures, fast):
     """A long text and a short one trained on together: as each by itself. Packed, where the family allows it."""
-    model = extended(tiny_lm_of(family)).train()
+    model = extended(tiny_lm_of(family), fast=fast).train()
     rows = [[2, IMAGE, 11, 12, EOC, IMAGE, 13, 14], [2, 7, IMAGE, 21]]
     ids = torch.tensor([row + [PAD] * (8 - len(row)) for row in rows])
     mask, index = (ids != PAD).long(), torch.tensor([[0, 1], [2, -1]])
@@ -103,7 +104,8 @@ def test_padding_changes_neither_loss_nor_gradient_nor_takes_work(family, pictur
     layer = model.lang_encoder._get_decoder_layers()[0]
     watch = layer.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape[:2])))
     model(ids, mask, labels, pixel_values=bank, image_index=index).loss.backward()
-    assert widths == [(1, 12) if model.lang_encoder.config.model_type in PACKABLE else (2, 8)]
+    packed = fast and model.lang_encoder.config.model_type in PACKABLE
+    assert widths == [(1, 12) if packed else (2, 8)]
     watch.remove()
     together = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

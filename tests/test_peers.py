@@ -15,18 +15,18 @@ from conftest import EOC, IMAGE, TinyEncoder, tiny_flamingo, tiny_lm
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from flamingo.build import build_flamingo
-from flamingo.cross_attention import GatedCrossAttentionBlock, who_sees_what
 from flamingo.errors import InputError
-from flamingo.options import asset
-from flamingo.peers import (
+from flamingo.files import asset
+from flamingo.interop.backbones import build_flamingo
+from flamingo.interop.peers import (
     FLAMINGO_MINI_CONFIG,
     config_from_flamingo_mini,
     import_weights,
     open_flamingo_settings,
     rename_flamingo_pytorch,
 )
-from flamingo.resampler import PerceiverResampler
+from flamingo.model.cross_attention import GatedCrossAttentionBlock, media_attention_mask
+from flamingo.model.resampler import PerceiverResampler
 
 try:
     import flamingo_pytorch
@@ -206,9 +206,9 @@ def mini_folder(tmp_path):
 def test_a_flamingo_mini_folder_becomes_a_model_that_writes(tmp_path):
     folder = mini_folder(tmp_path)
     config = config_from_flamingo_mini(folder)
-    assert (config.xattn_act, config.xattn_every, config.xattn_placement) == ("sqrelu", 2, "near")
+    assert (config.fusion.act, config.fusion.every, config.fusion.placement) == ("sqrelu", 2, "near")
     assert (config.vision_feature_norm, config.vision_class_token) == (False, True)
-    model, processor = build_flamingo(config)
+    model, processor, _ = build_flamingo(config)
     import_weights(model, folder)
     pixels = torch.randn(1, 1, 1, 3, 32, 32)
     features = model.encode_images(pixels[0])
@@ -323,7 +323,7 @@ def test_the_gated_block(peer, only_immediate):
     ours, theirs = same_weights(GatedCrossAttentionBlock(**shape, dim_visual=dim_visual), theirs)
     assert ours.attn_gate.abs() > 0.01 and ours.ff_gate.abs() > 0.01
     x, media = torch.randn(3, 7, 16), torch.randn(3, 2, 5, dim_visual)  # two pictures a text; the third shows one
-    sight = who_sees_what(LOCATIONS, torch.tensor([[0, 1], [2, 3], [4, 5]]), only_immediate)
+    sight = media_attention_mask(LOCATIONS, torch.tensor([[0, 1], [2, 3], [4, 5]]), only_immediate)
     result = ours(x, ours.attn.project_media(media.flatten(0, 1)), sight)
     expected = theirs(x, media, media_locations=LOCATIONS)
     right = torch.ones_like(LOCATIONS) if only_immediate else LOCATIONS.cumsum(1) > 0

@@ -10,18 +10,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluation import a_small_exam, answerer, fresh, run_command, run_folder  # noqa: F401 (fixtures)
+from test_evaluation import a_small_exam, fresh, predictor, run_command, run_folder  # noqa: F401 (fixtures)
 
+from flamingo.config import TrainingOptions
+from flamingo.data.answer_columns import (
+    AnswerColumns,
+    Question,
+    each_name_in_turn,
+    find_answer_columns,
+    questions_of_row,
+)
 from flamingo.data.captions import load_captions
-from flamingo.data.questions import AnswerColumns, Question, each_name_in_turn, find_answer_columns, questions_of_row
+from flamingo.data.processor import Chunk
 from flamingo.errors import InputError
-from flamingo.evaluation.answers import Answerer
-from flamingo.evaluation.exam import Exam, Item, captioned_exam
+from flamingo.evaluation.answer_tasks import classes_of_set, questions_of_set
 from flamingo.evaluation.few_shot import FewShot, choose_examples, curve
 from flamingo.evaluation.parts import Parts
-from flamingo.evaluation.questions import classes_of_set, questions_of_set
-from flamingo.options import TrainingOptions
-from flamingo.processor import Chunk
+from flamingo.evaluation.predictor import Predictor
+from flamingo.evaluation.test_set import EvaluationSet, Item, captioned_test_set
 
 
 def picture(shade: int = 0) -> Image.Image:
@@ -81,22 +87,28 @@ class Scripted:
     def __init__(self, said: dict[str, str]):
         self.said, self.asked = said, []
 
-    def say(self, texts, title, blind=False):
+    def predict(self, texts, title, blind=False):
         self.asked += texts
         return ["?" if blind else self.said[text[-1].prompt] for text in texts]
 
 
-def asked_about(questions: list[list[Question]], support: list[list[Question]]) -> tuple[Exam, list[int], list[int]]:
+def asked_about(
+    questions: list[list[Question]], support: list[list[Question]]
+) -> tuple[EvaluationSet, list[int], list[int]]:
     items, shown = ([Item(picture(), "", ["a"], "1", questions=q) for q in own] for own in (questions, support))
-    return Exam("x", "test", items, [], shown, left_out=0), list(range(len(items))), list(range(100, 100 + len(shown)))
+    return (
+        EvaluationSet("x", "test", items, [], shown, left_out=0),
+        list(range(len(items))),
+        list(range(100, 100 + len(shown))),
+    )
 
 
 def test_answers_are_scored_as_by_hand(tmp_path):
     many = Question("how many?", ("two",) * 3 + ("3",) * 7)
     colour = Question("what colour?", ("red",) * 10)
     demos = [[Question("is it?", ("no", "yes", "yes"))], [], [Question("was it?", ("no",))]]
-    exam, rows, support = asked_about([[many, colour], []], demos)
-    task = questions_of_set(exam, rows, support, 10, seed=0)
+    test_set, rows, support = asked_about([[many, colour], []], demos)
+    task = questions_of_set(test_set, rows, support, 10, seed=0)
     model = Scripted({"Question: how many? Answer:": "2", "Question: what colour? Answer:": "Red."})
     table = curve(task, FewShot([0, 1], trials=1), model, Parts(tmp_path, {}), blind=True)
     # "2" is what 3 of 10 said: each of them left out leaves 2 of 3 needed, each other one leaves 3 of 3. "Red." is
@@ -115,24 +127,24 @@ def test_answers_are_scored_as_by_hand(tmp_path):
 
 
 def test_one_answer_to_a_question_is_matched_only(tmp_path):
-    exam, rows, support = asked_about([[Question("how many?", ("Two!",))], [Question("what?", ("a",))]], [])
+    test_set, rows, support = asked_about([[Question("how many?", ("Two!",))], [Question("what?", ("a",))]], [])
     model = Scripted({"Question: how many? Answer:": "2", "Question: what? Answer:": ""})
-    task = questions_of_set(exam, rows, support, 10, seed=0)
+    task = questions_of_set(test_set, rows, support, 10, seed=0)
     row = curve(task, FewShot([0]), model, Parts(tmp_path, {}))["0"]
     assert row["exact_match"] == 0.5 and "vqa_accuracy" not in row  # an empty answer is not the article "a"
 
 
 def test_questions_go_round_the_pictures():
     own = [[Question(f"{i} {k}?", ("yes",)) for k in range(2)] for i in range(3)]
-    exam, rows, support = asked_about(own, [])
-    asked = questions_of_set(exam, rows, support, 4, seed=0).queries
+    test_set, rows, support = asked_about(own, [])
+    asked = questions_of_set(test_set, rows, support, 4, seed=0).queries
     assert [query.row for query in asked] == [0, 1, 2, 0] and asked[3].prompt == "Question: 0 1? Answer:"
 
 
 def test_a_class_is_chosen_among_all_names(tmp_path):
     items = [Item(picture(), "", ["x"], "1", label=name) for name in ("hot dog", "cat", None, "cat")]
-    exam = Exam("x", "test", items, [], items[:3], names=["cat", "cow", "hot dog"])
-    task = classes_of_set(exam, [0, 1, 2, 3], [10, 11, 12], 10, "Output:")
+    test_set = EvaluationSet("x", "test", items, [], items[:3], names=["cat", "cow", "hot dog"])
+    task = classes_of_set(test_set, [0, 1, 2, 3], [10, 11, 12], 10, "Output:")
 
     class AlwaysCat:
         pooled = None
@@ -178,22 +190,22 @@ def test_class_folders_need_no_captions(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
                 picture(20 * i).save(tmp_path / split / name / f"{i}.png")
-    exam = captioned_exam(TrainingOptions(data=str(tmp_path)), None, 4, seed=0)
-    assert exam.names == ["cat", "hot dog"] and exam.left_out is None
-    assert [item.label for item in exam.items] == ["cat", "hot dog"] * 2  # not the first four, which are cats
-    assert all(item.captioned_by_class for item in (*exam.items, *exam.support))
+    test_set = captioned_test_set(TrainingOptions(data=str(tmp_path)), None, 4, seed=0)
+    assert test_set.names == ["cat", "hot dog"] and test_set.left_out is None
+    assert [item.label for item in test_set.items] == ["cat", "hot dog"] * 2  # not the first four, which are cats
+    assert all(item.captioned_by_class for item in (*test_set.items, *test_set.support))
     with pytest.raises(InputError, match="none of image, label looks like captions"):  # training asks for captions
         load_captions(str(tmp_path))
 
 
 def test_questions_and_classes_of_a_set_are_examined_and_a_stop_costs_little(run_folder, tmp_path, capsys, monkeypatch):
     words = (run_folder, "--data", asked_folder(tmp_path / "set"), "--shots", 0, 2, "--trials", 1)
-    say, asked = Answerer.say, []
+    predict, asked = Predictor.predict, []
     monkeypatch.setattr(
-        Answerer, "say", lambda self, texts, title, **c: asked.append(title) or say(self, texts, title, **c)
+        Predictor, "say", lambda self, texts, title, **c: asked.append(title) or predict(self, texts, title, **c)
     )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Answerer, "choose", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(Predictor, "choose", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         run_command(*words)
     assert "questions, 0 shots, trial 1, blind" in asked
     before = list(asked)
@@ -219,20 +231,20 @@ def test_questions_and_classes_of_a_set_are_examined_and_a_stop_costs_little(run
 def test_no_picture_is_both_asked_about_and_an_example(tmp_path):
     """A set of one split serves as its own training split: two of five are asked about, one is lent to validation."""
     (asked_folder(tmp_path / "set") / "train").rename(tmp_path / "elsewhere")
-    exam = captioned_exam(TrainingOptions(data=str(tmp_path / "set")), "test", 100, 0)
-    asked, shown = ({item.truths[0] for item in items} for items in (exam.items, exam.support))
+    test_set = captioned_test_set(TrainingOptions(data=str(tmp_path / "set")), "test", 100, 0)
+    asked, shown = ({item.truths[0] for item in items} for items in (test_set.items, test_set.support))
     assert len(asked) == 2 and len(shown) == 2 and not asked & shown
 
 
 def test_columns_of_other_names(run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Answerer, "say", lambda *_, **__: pytest.fail("something was run"))
+    monkeypatch.setattr(Predictor, "say", lambda *_, **__: pytest.fail("something was run"))
     data = asked_folder(tmp_path / "set", question="ask", answers="told", label="kind")
     options = TrainingOptions(data=str(data))
-    exam = captioned_exam(options, None, 5, 0)
-    assert exam.left_out is None and not exam.names and not any(item.questions for item in exam.items)
-    exam = captioned_exam(options, None, 5, 0, AnswerColumns("ask", "told", "kind"))
-    assert exam.left_out == 1 and exam.names == ["dark blue", "grey", "sea green"]
-    assert exam.fingerprint() != captioned_exam(options, None, 5, 0, AnswerColumns("ask", "told")).fingerprint()
+    test_set = captioned_test_set(options, None, 5, 0)
+    assert test_set.left_out is None and not test_set.names and not any(item.questions for item in test_set.items)
+    test_set = captioned_test_set(options, None, 5, 0, AnswerColumns("ask", "told", "kind"))
+    assert test_set.left_out == 1 and test_set.names == ["dark blue", "grey", "sea green"]
+    assert test_set.fingerprint() != captioned_test_set(options, None, 5, 0, AnswerColumns("ask", "told")).fingerprint()
     for flag in ("--question-column", "--answer-column", "--label-column"):
         with pytest.raises(InputError, match="has no column 'nose': it has ") as caught:
             run_command(run_folder, "--data", data, flag, "nose")
@@ -244,4 +256,4 @@ def test_columns_of_other_names(run_folder, tmp_path, monkeypatch):
 def test_questions_without_captions_are_refused_in_a_sentence(tmp_path):
     data = asked_folder(tmp_path / "set", caption="remark", label="kind")
     with pytest.raises(InputError, match=re.escape("has questions but no captions, and captions are scored first")):
-        captioned_exam(TrainingOptions(data=str(data)), None, 5, 0)
+        captioned_test_set(TrainingOptions(data=str(data)), None, 5, 0)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from flamingo.errors import InputError
-from flamingo.options import parse_training_options
+from flamingo.training.command_line import parse_training_options
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--steps", "8", "--batch-size", "4", "--eval-batches", "1", "--eval-every", "4", "--save-every", "3",

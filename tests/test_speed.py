@@ -5,19 +5,26 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_flamingo
+from conftest import FAST, IMAGE, PAD, tiny_flamingo, tiny_lm
 from torch import nn
+from transformers import OPTForCausalLM
 
-from flamingo import training
-from flamingo.added_tokens import DecoupledLinear
-from flamingo.cross_attention import captions_each
+from flamingo.data.batches import point_at_bank
 from flamingo.errors import InputError
-from flamingo.inference import prepare_to_generate
+from flamingo.fast import compiling
+from flamingo.fast.checkpointing import checkpoint_layers
+from flamingo.fast.chunked_cross_entropy import chunked_cross_entropy
+from flamingo.fast.compiling import compile_trained_parts
+from flamingo.fast.device import use_plain_attention
+from flamingo.fast.enable import enable
+from flamingo.fast.inference import prepare_to_generate
+from flamingo.fast.onednn import PackedLinear
+from flamingo.fast.packing import TextLayout
+from flamingo.fast.precision import cast_frozen_to_bf16
 from flamingo.interop import compat
-from flamingo.loss import loss_by_parts, mean_loss
-from flamingo.onednn import PackedLinear
-from flamingo.options import parse_training_options
-from flamingo.packing import ATTENTION, packing_of
+from flamingo.model.added_tokens import DecoupledLinear
+from flamingo.training.command_line import parse_training_options
+from flamingo.training.optimizer import make_optimizer
 
 
 def loss_and_gradients(model, texts, pictures, **options):
@@ -38,7 +45,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(texts, pictures):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         loss_and_gradients(model, texts, pictures)
         without, kept[:] = sum(kept), []
-        training.checkpoint_layers(model)
+        checkpoint_layers(model)
         again, gradients_again = loss_and_gradients(model, texts, pictures)
     assert sum(kept) < 0.8 * without
     assert again == before and gradients_again.keys() == gradients.keys()
@@ -54,7 +61,7 @@ def test_matrices_held_in_bf16_compute_what_autocast_computes(texts, pictures, t
     features = model.encode_images(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])  # (B, T_img, F, v, d)
     exact, _ = loss_and_gradients(model, texts, features, kind="features")
     expected, _ = loss_and_gradients(model, texts, features, kind="features", bf16=True)
-    training.hold_frozen_in_bf16(model, trained=trained)
+    cast_frozen_to_bf16(model, trained=trained)
     loss, gradients = loss_and_gradients(model, texts, features, kind="features", bf16=True)
     assert loss == expected != exact and loss == pytest.approx(exact, rel=1e-2)
     layer = model.lang_encoder.model.decoder.layers[0]
@@ -74,7 +81,7 @@ def test_the_frozen_encoder_is_bf16_throughout_when_it_is_held_so(texts, picture
     exact = model.encode_images(pictures.flatten(0, 1))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.encode_images(pictures.flatten(0, 1)), exact)
-        training.hold_frozen_in_bf16(model)
+        cast_frozen_to_bf16(model)
         low = model.encode_images(pictures.flatten(0, 1))
     assert low.dtype == torch.bfloat16 and {p.dtype for p in model.vision_encoder.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(low.float(), exact, atol=0.1, rtol=0.05)
@@ -83,7 +90,7 @@ def test_the_frozen_encoder_is_bf16_throughout_when_it_is_held_so(texts, picture
 def test_plain_attention_computes_the_same(texts, pictures):
     expected, gradients = loss_and_gradients(tiny_flamingo(), texts, pictures)
     flash = torch.backends.cuda.flash_sdp_enabled()
-    training.use_plain_attention(torch.device("cpu"))
+    use_plain_attention(torch.device("cpu"))
     try:
         assert not torch.backends.cuda.flash_sdp_enabled()
         loss, others = loss_and_gradients(tiny_flamingo(), texts, pictures)
@@ -94,74 +101,115 @@ def test_plain_attention_computes_the_same(texts, pictures):
         torch.testing.assert_close(others[name], gradient, atol=1e-6, rtol=1e-3)
 
 
-def test_captions_of_a_picture_ask_together_what_they_ask_apart(texts, pictures):
-    """Sorted by picture and evenly many, or in any other order: the same losses."""
-    model = tiny_flamingo()
-    bank = pictures[:, 0]  # (N, F, C, H, W)
-    texts = texts[:1].expand(2 * len(bank), -1).contiguous()
-    one = texts.masked_fill(texts == model.media_token_id, 5)
-    one[:, 1] = model.media_token_id  # one picture each
-    in_order = torch.arange(len(bank)).repeat_interleave(2)[:, None]
-    assert captions_each(in_order) == 2
-    logits = model(one, pixel_values=bank, image_index=in_order).logits
-    shuffled = torch.randperm(len(in_order), generator=torch.Generator().manual_seed(3))
-    assert captions_each(in_order[shuffled]) == 0
-    torch.testing.assert_close(model(one, pixel_values=bank, image_index=in_order[shuffled]).logits, logits[shuffled])
+# ------------------------------------------------------------------------- each piece alone, and all together: plain
+PIECES = [("grouped",), ("chunked",), ("chunked", "packed"), FAST]
 
 
-def test_captions_of_a_picture_ask_together_packed_too(texts, pictures):
-    model, bank = tiny_flamingo(), pictures[:, 0]
-    rows = [[2, model.media_token_id, *range(11, 11 + length)] for length in (1, 5, 3, 2)]
-    ids = torch.tensor([row + [model.pad_token_id] * (7 - len(row)) for row in rows])
-    mask, index = (ids != model.pad_token_id).long(), torch.tensor([[0], [0], [1], [1]])
-    labels = ids.masked_fill((ids < 10) | (ids == model.media_token_id), -100)
-    loss = model(ids, mask, labels, pixel_values=bank, image_index=index).loss
+@pytest.mark.parametrize("fast", PIECES, ids="+".join)
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_piece_changes_neither_loss_nor_gradient_nor_caption(texts, pictures, fast, every):
+    plain, quick = (tiny_flamingo(fast=pieces, xattn_every=every) for pieces in ((), fast))
+    expected, gradients = loss_and_gradients(plain, texts, pictures)
+    loss, others = loss_and_gradients(quick, texts, pictures)
+    assert loss == pytest.approx(expected, rel=1e-5) and others.keys() == gradients.keys()
+    torch.testing.assert_close(others, gradients, atol=1e-6, rtol=1e-3)
+    prompt, options = texts[:, :3], {"max_new_tokens": 6, "min_new_tokens": 6, "pixel_values": pictures[:, :1]}
+    for how in ({}, {"num_beams": 3}):
+        assert torch.equal(quick.generate(prompt, **options, **how), plain.generate(prompt, **options, **how))
+
+
+@pytest.mark.parametrize("fast", PIECES, ids="+".join)
+def test_captions_of_a_picture_are_read_together_as_apart(pictures, fast):
+    """Four texts of unequal length, two to each picture, pointed at by an index or by their order."""
+    model, bank = tiny_flamingo(fast=fast), pictures[:, 0]  # (N, F, C, H, W)
+    rows = [[2, IMAGE, *range(11, 11 + length)] for length in (1, 5, 3, 2)]
+    ids = torch.tensor([row + [PAD] * (7 - len(row)) for row in rows])
+    mask, index = (ids != PAD).long(), torch.tensor([[0], [0], [1], [1]])
+    labels = ids.masked_fill((ids < 10) | (ids == IMAGE), -100)
     total = 0.0
     for i, row in enumerate(rows):
-        text, asked = ids[i : i + 1, : len(row)], labels[i : i + 1, : len(row)]
-        total += model(text, labels=asked, pixel_values=bank, image_index=index[i : i + 1]).loss * (len(row) - 2)
-    assert loss.item() == pytest.approx(total.item() / 11, rel=1e-5)
+        text, label = ids[i : i + 1, : len(row)], labels[i : i + 1, : len(row)]
+        total += model(text, labels=label, pixel_values=bank, image_index=index[i : i + 1]).loss * (len(row) - 2)
+    for pointed_at in ({"image_index": index}, {"texts_per_image": 2}):
+        loss = model(ids, mask, labels, pixel_values=bank, **pointed_at).loss
+        assert loss.item() == pytest.approx(total.item() / 11, rel=1e-5)
+        layout = TextLayout.of(labels, mask)
+        if "chunked" in fast:  # made beforehand, as data/batches.py does
+            torch.testing.assert_close(
+                model(ids, mask, labels, pixel_values=bank, **pointed_at, layout=layout).loss, loss
+            )
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_loss_by_parts_is_the_loss_of_all_logits(monkeypatch, whole):
-    """Gradients too, of what trains: the two added rows, or the whole head."""
-    torch.manual_seed(0)
-    head = DecoupledLinear(nn.Linear(6, 20, bias=False).requires_grad_(whole), 18, 2)
-    hidden, targets = torch.randn(7, 6, requires_grad=True), torch.tensor([3, 19, -100, 18, 0, 5, 19])
-    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
-    expected = mean_loss(head(hidden), targets)
-    gradients = torch.autograd.grad(2 * expected, inputs)
-    monkeypatch.setattr("flamingo.loss.LOGITS_AT_ONCE", 60)  # three rows at a time, one at last
-    sizes = []
-    head.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    by_parts = loss_by_parts(head, hidden, targets)
-    assert sizes == [3, 3, 1]
-    torch.testing.assert_close(by_parts, expected)
-    torch.testing.assert_close(torch.autograd.grad(2 * by_parts, inputs), gradients)
-    with torch.no_grad():
-        torch.testing.assert_close(loss_by_parts(head, hidden, targets), expected)
-
-
-def test_attention_that_was_chosen_is_kept_and_padded_texts_are_then_not_packed(texts, pictures):
-    model = tiny_flamingo()
-    assert model.lang_encoder.config._attn_implementation == ATTENTION
+def test_texts_that_cannot_be_packed_are_read_padded(texts, pictures):
+    model, widths = tiny_flamingo(fast=FAST), []
+    layer = model.lang_encoder._get_decoder_layers()[0]
+    layer.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape[:2])))
     mask = torch.ones_like(texts)
     mask[0, -1] = 0
-    assert packing_of(mask, model.lang_encoder) is not None
-    assert packing_of(torch.ones_like(texts), model.lang_encoder) is None  # nothing to gain
-    assert packing_of(mask.flip(1), model.lang_encoder) is None  # padded on the left
-    model.lang_encoder.set_attn_implementation("eager")
-    assert packing_of(mask, model.lang_encoder) is None
+    labels = texts.masked_fill(texts < 10, -100)
+    for which in (mask, torch.ones_like(texts), mask.flip(1)):  # padded on the right; not at all; on the left
+        model(texts, which, labels, pixel_values=pictures)
+    assert widths == [(1, 17), (2, 9), (2, 9)]
+
+
+def test_only_what_a_language_model_allows_is_installed():
+    chosen = lambda lm: enable(tiny_flamingo(lm=lm))  # noqa: E731
+    assert chosen(tiny_lm()) == ["grouped", "chunked", "packed"]
+    other = tiny_lm()
+    other.set_attn_implementation("eager")
+    assert chosen(other) == ["grouped", "chunked"]  # an attention that was chosen is kept
+    scaled = tiny_lm()
+    scaled.__class__ = ScaledOPT
+    assert chosen(scaled) == ["grouped"]
+
+
+class ScaledOPT(OPTForCausalLM):
+    """Something follows its head."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_fast_piece_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr("flamingo.fast.packing.TextLayout.unpack", lambda self, x: x[0, : self.shape[1]].expand(
+        self.shape[0], *x[0, : self.shape[1]].shape))  # fmt: skip
+    with pytest.raises(InputError, match=r"transformers .* computes another loss by flamingo/fast .* --plain"):
+        enable(tiny_flamingo())
+
+
+def test_the_chunked_loss_is_the_loss_of_all_logits(monkeypatch):
+    """Gradients too, of what trains: the two added rows, or the whole head."""
+    for whole in (False, True):
+        torch.manual_seed(0)
+        head = DecoupledLinear(nn.Linear(6, 20, bias=False).requires_grad_(whole), 18, 2)
+        hidden, targets = torch.randn(7, 6, requires_grad=True), torch.tensor([3, 19, 7, 18, 0, 5, 19])
+        inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+        expected = F.cross_entropy(head(hidden), targets)
+        gradients = torch.autograd.grad(2 * expected, inputs)
+        monkeypatch.setattr("flamingo.fast.chunked_cross_entropy.LOGITS_AT_ONCE", 60)  # three rows, one at last
+        sizes = []
+        head.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+        chunked = chunked_cross_entropy(head, hidden, targets)
+        assert sizes == [3, 3, 1]
+        torch.testing.assert_close(chunked, expected)
+        torch.testing.assert_close(torch.autograd.grad(2 * chunked, inputs), gradients)
+        with torch.no_grad():
+            torch.testing.assert_close(chunked_cross_entropy(head, hidden, targets), expected)
 
 
 @pytest.mark.parametrize(
-    ("index", "each"),
-    [([[0]], 1), ([[0], [1]], 1), ([[0], [0], [0]], 3), ([[0], [0], [1], [1]], 2), ([[0], [1], [1]], 0),
-     ([[1], [0]], 0), ([[0, 1]], 0), ([[0], [0], [2], [2]], 0)],
+    ("rows", "each"),
+    [([[0]], 1), ([[0], [1]], 1), ([[0], [0], [0]], 3), ([[0], [0], [1], [1]], 2), ([[0], [1], [1]], None),
+     ([[1], [0]], None), ([[0, 1]], None), ([[0], [0], [2], [2]], None), ([[0], []], None)],
 )  # fmt: skip
-def test_when_captions_of_a_picture_stand_side_by_side(index, each):
-    assert captions_each(torch.tensor(index)) == each
+def test_when_captions_of_a_picture_stand_side_by_side(rows, each):
+    pictures = max(max(row, default=0) for row in rows) + 1
+    found = point_at_bank(rows, pictures)
+    assert found.get("texts_per_image") == each
+    if each is None:
+        assert found["image_index"].shape[0] == len(rows)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -207,7 +255,7 @@ def test_a_product_with_one_vector_does_without_onednn(enabled, monkeypatch):
 
 def test_no_frozen_weight_gets_a_gradient_or_an_optimizer_state(texts, pictures):
     model = tiny_flamingo()
-    optimizer = training.make_optimizer(model, parse_training_options([]))
+    optimizer = make_optimizer(model, parse_training_options([]))
     _, gradients = loss_and_gradients(model, texts, pictures)
     optimizer.step()
     assert gradients.keys() == model.trainable_state_dict().keys()
@@ -231,17 +279,17 @@ def test_switches_of_the_command_line():
 
 
 def test_compiling_without_a_compiler_is_said(monkeypatch):
-    monkeypatch.setattr(training.shutil, "which", lambda name: None)
-    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
-        training.compile_trained_parts(tiny_flamingo())
+        compile_trained_parts(tiny_flamingo())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_computes_the_same(texts, pictures):
     model = tiny_flamingo()
     loss, gradients = loss_and_gradients(model, texts, pictures)
-    training.compile_trained_parts(model, backend="eager")  # captured, not turned into C++, which takes a minute
+    compile_trained_parts(model, backend="eager")  # captured, not turned into C++, which takes a minute
     again, gradients_again = loss_and_gradients(model, texts, pictures)
     assert again == pytest.approx(loss, rel=1e-4)
     for name, gradient in gradients.items():

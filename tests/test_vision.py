@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from flamingo import vision
 from flamingo.errors import InputError
-from flamingo.onednn import PackedLinear, pack_matrices
-from flamingo.vision import HuggingFaceClipEncoder, fingerprint, load_vision_encoder
+from flamingo.fast import few_at_once
+from flamingo.fast.onednn import PackedLinear, pack_matrices
+from flamingo.files import fingerprint
+from flamingo.interop.backbones import load_vision_encoder
+from flamingo.model.language_model import extend_instance
+from flamingo.model.vision import HuggingFaceClipEncoder
 
 TINY = {
     "embed_dim": 16,
@@ -76,12 +79,12 @@ def test_many_pictures_are_encoded_a_few_at_a_time(tmp_path, monkeypatch):
     save_open_clip(tmp_path / "clip", TINY)
     encoder, pixels, counts = load_vision_encoder(f"local-dir:{tmp_path / 'clip'}"), torch.randn(5, 3, 32, 32), []
     together = encoder(pixels)
-    monkeypatch.setattr(vision, "PIXELS_AT_ONCE", 2 * 32 * 32)
-    patch_features = encoder.patch_features
-    monkeypatch.setattr(encoder, "patch_features", lambda some: counts.append(len(some)) or patch_features(some))
+    monkeypatch.setattr(few_at_once, "PIXELS_AT_ONCE", 2 * 32 * 32)
+    encoder.tower.conv1.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    extend_instance(encoder, few_at_once.FewAtOnceMixin)
     torch.testing.assert_close(encoder(pixels), together)
     assert counts == [2, 2, 1]
-    monkeypatch.setattr(vision, "PIXELS_AT_ONCE", 1)  # a picture larger than that goes alone
+    monkeypatch.setattr(few_at_once, "PIXELS_AT_ONCE", 1)  # a picture larger than that goes alone
     assert encoder(pixels[:2]).shape == together[:2].shape and counts[3:] == [1, 1]
 
 

@@ -22,11 +22,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from flamingo.data.answer_columns import AnswerColumns, with_captions_from_labels
 from flamingo.data.batches import Example
-from flamingo.data.questions import AnswerColumns, with_captions_from_labels
+from flamingo.data.preprocess import to_rgb
+from flamingo.data.processor import EOC_TOKEN, MEDIA_TOKEN, Chunk
 from flamingo.errors import InputError
-from flamingo.preprocess import to_rgb
-from flamingo.processor import EOC_TOKEN, MEDIA_TOKEN, Chunk
 
 FILE_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 IMAGE_COLUMNS = ("image", "images", "picture", "pictures", "img", "jpg", "png", "file_name", "filename", "image_path")
@@ -86,7 +86,7 @@ class CaptionedPictures(Dataset):
         without_caption: pictures that can be read but have no usable caption.
     """
 
-    first_lessons = 0  # all examples are equal
+    curriculum = 0  # all examples are equal
 
     def __init__(self, rows, image_column: str, caption_columns: Sequence[str], source: str, split: str):
         self.rows, self.image_column, self.caption_columns = rows, image_column, tuple(caption_columns)

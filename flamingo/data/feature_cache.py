@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from flamingo.checkpoint import write_json
 from flamingo.data.batches import Example
 from flamingo.data.captions import CaptionedPictures
 from flamingo.errors import InputError
-from flamingo.vision import VisionEncoder
+from flamingo.files import write_json
+from flamingo.model.vision import VisionEncoder
 
 SAMPLED_ROWS = 64  # rows whose checksum is compared when a cache is opened
 AT_ONCE = 16  # pictures encoded together, and made safe on disk together
@@ -227,7 +227,7 @@ class _PreparedPictures(Dataset):
 class ExamplesWithFeatures(Dataset):
     """A captioned set whose examples bring features in place of pictures."""
 
-    first_lessons = 0
+    curriculum = 0
 
     def __init__(self, examples: CaptionedPictures, cache: FeatureCache):
         self.examples, self.cache, self.length = examples, cache, examples.length

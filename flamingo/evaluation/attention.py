@@ -22,26 +22,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flamingo.cross_attention import MaskedCrossAttention, Sight
-from flamingo.data import scenes
-from flamingo.modeling import Flamingo
-from flamingo.processor import Chunk, FlamingoProcessor
-from flamingo.resampler import PerceiverAttention
+from flamingo.classroom import scenes
+from flamingo.data.processor import Chunk, FlamingoProcessor
+from flamingo.model.cross_attention import MaskedCrossAttention, MediaMask
+from flamingo.model.resampler import PerceiverAttention
+from flamingo.model.vlm import Flamingo
 
 
 # ------------------------------------------------------------------------------------------ recomputed attention
 def cross_attention_weights(
-    attn: MaskedCrossAttention, x: Tensor, keys_values: tuple[Tensor, Tensor], sight: Sight
+    attn: MaskedCrossAttention, x: Tensor, keys_values: tuple[Tensor, Tensor], media_mask: MediaMask
 ) -> Tensor:
     """Text → latents, (B, h, T_txt, T_img·n): what `MaskedCrossAttention.forward` uses and does not keep.
 
     Rows of tokens that see no picture are 0.
     """
-    q, k, _, mask = attn.attention_inputs(x, keys_values, sight)
+    q, k, _, mask = attn.attention_inputs(attn.to_q(attn.norm(x)), keys_values, media_mask)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1) * sight.sees_image[:, None]
+    return scores.softmax(dim=-1) * media_mask.sees_image[:, None]
 
 
 def resampler_weights(attn: PerceiverAttention, x: Tensor, latents: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def recorded_attention(model: Flamingo) -> Iterator[Recorded]:
 
     layers = [layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()]
     hooks = [attn.register_forward_pre_hook(look) for attn in layers]
-    hooks += [attn.register_forward_pre_hook(resample) for attn, _ in model.perceiver.layers]
+    hooks += [attn.register_forward_pre_hook(resample) for attn, _ in model.vision_tokenizer.layers]
     try:
         yield recorded
     finally:
@@ -141,13 +141,13 @@ def word_looks(
 ) -> list[WordLook]:
     """For each word of each caption, said about the picture of the same number: the mean over its tokens of where the
     model looked when it chose them (that is at the place before each). Empty if the patches form no square."""
-    device = next(model.perceiver.parameters()).device
+    device = next(model.vision_tokenizer.parameters()).device
     looks = []
     for first in range(0, len(pictures), batch_size):
         numbers = range(first, min(first + batch_size, len(pictures)))
         pixels = processor.preprocess_images([pictures[i] for i in numbers]).to(device)[:, None]
         given = [processor.encode_chunks([Chunk(0, prompts[i], captions[i])])[0] for i in numbers]
-        told = [len(processor.encode_chunks([Chunk(0, prompts[i])], open_end=True)[0]) for i in numbers]
+        drawn = [len(processor.encode_chunks([Chunk(0, prompts[i])], open_end=True)[0]) for i in numbers]
         input_ids, attention_mask = (t.to(device) for t in processor.pad(given))
         maps = text_to_patches(model, input_ids, attention_mask, pixels, autocast).cpu()  # (B, T_txt, k)
         if getattr(model.vision_encoder, "class_token", False):
@@ -156,8 +156,8 @@ def word_looks(
         if side * side != maps.shape[2]:
             return []
         for b, i in enumerate(numbers):
-            for word, places in _word_tokens(processor, given[b][told[b] : -1]):  # the last is <|endofchunk|>
-                at = [told[b] + place - 1 for place in places]
+            for word, places in _word_tokens(processor, given[b][drawn[b] : -1]):  # the last is <|endofchunk|>
+                at = [drawn[b] + place - 1 for place in places]
                 looks.append(WordLook(i, word, maps[b, at].mean(dim=0).view(side, side)))
     return looks
 

@@ -17,89 +17,89 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flamingo.evaluation.answers import Answerer
-from flamingo.evaluation.exam import Exam, Item
+from flamingo.data.processor import Chunk
 from flamingo.evaluation.metrics import bootstrap_interval, caption_metrics, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts
+from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.ptb import ptb_tokens
-from flamingo.processor import Chunk
+from flamingo.evaluation.test_set import EvaluationSet, Item
 
 CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
-SAID = {"blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
+SHOWN_INSTEAD = {"blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
         "copy_demo": "a copied example"}  # fmt: skip
 COMPARED = 128  # captions among which the constant one is looked for: each is compared with all
 
 
 def answer_all(
-    answerer: Answerer, parts: Parts, exam: Exam, rows: list[int], novel_rows: list[int], seed: int
+    predictor: Predictor, parts: Parts, test_set: EvaluationSet, rows: list[int], novel_rows: list[int], seed: int
 ) -> dict[str, list[str]]:
     """{"own", "novel", and each control: the captions said}. rows: the items' pictures in the bank."""
-    items = exam.items
+    items = test_set.items
     others = rows[1:] + rows[:1]
 
-    def say(pictures: Sequence[int], asked: Sequence[Item], title: str, **control) -> list[str]:
+    def predict(pictures: Sequence[int], asked: Sequence[Item], title: str, **control) -> list[str]:
         texts = [[Chunk(row, item.prompt)] for row, item in zip(pictures, asked, strict=True)]
-        return parts.keep(title, lambda: answerer.say(texts, title, **control))
+        return parts.keep(title, lambda: predictor.predict(texts, title, **control))
 
     return {
-        "own": say(rows, items, "captioning"),
-        "novel": say(novel_rows, exam.novel, "captioning novel") if exam.novel else [],
-        "blind": say(rows, items, "blind", blind=True),
-        "shuffled": say(others, items, "shuffled"),
-        "constant": constant_captions(exam),
-        "copy_demo": copied_captions(exam, seed),
+        "own": predict(rows, items, "captioning"),
+        "novel": predict(novel_rows, test_set.novel, "captioning novel") if test_set.novel else [],
+        "blind": predict(rows, items, "blind", blind=True),
+        "shuffled": predict(others, items, "shuffled"),
+        "constant": constant_captions(test_set),
+        "copy_demo": copied_captions(test_set, seed),
     }
 
 
-def constant_captions(exam: Exam) -> list[str]:
+def constant_captions(test_set: EvaluationSet) -> list[str]:
     """For each item the support caption that shares most words with others: one for all (one a style, if told)."""
     chosen: dict[str, str] = {}
-    for style in {item.style for item in exam.items}:
-        captions = list(dict.fromkeys(item.told_as(style) for item in exam.support))[:COMPARED]
+    for style in {item.style for item in test_set.items}:
+        captions = list(dict.fromkeys(item.caption_in(style) for item in test_set.support))[:COMPARED]
         words = [set(ptb_tokens(caption)) for caption in captions]
         alike = [sum(len(own & other) / max(1, len(own | other)) for other in words) for own in words]
         chosen[style] = captions[int(np.argmax(alike))]
-    return [chosen[item.style] for item in exam.items]
+    return [chosen[item.style] for item in test_set.items]
 
 
-def copied_captions(exam: Exam, seed: int) -> list[str]:
+def copied_captions(test_set: EvaluationSet, seed: int) -> list[str]:
     """For each item the caption of a support picture drawn at random; never one that is the item's own."""
-    said = []
-    for i, item in enumerate(exam.items):
+    predictions = []
+    for i, item in enumerate(test_set.items):
         rng = random.Random(f"copy {seed} {i}")
-        captions = [demo.told_as(item.style) for demo in rng.sample(exam.support, len(exam.support))]
+        captions = [demo.caption_in(item.style) for demo in rng.sample(test_set.support, len(test_set.support))]
         right = set(map(normalise, item.truths))
-        said.append(next((caption for caption in captions if normalise(caption) not in right), captions[0]))
-    return said
+        predictions.append(next((caption for caption in captions if normalise(caption) not in right), captions[0]))
+    return predictions
 
 
-def score_with_controls(exam: Exam, said: dict[str, list[str]], seed: int) -> dict:
+def score_with_controls(test_set: EvaluationSet, predictions: dict[str, list[str]], seed: int) -> dict:
     """Keys `metrics`, `controls`, `looks`, `verdict`, `by_objects`, `novel` and the flat ones of `evaluation.json`."""
-    truths = [item.truths for item in exam.items]
+    truths = [item.truths for item in test_set.items]
     names = {"own": "exact_match", "blind": "exact_match_blind", "shuffled": "exact_match_shuffled"}
-    marks = {flat: exact_match(said[name], truths) for name, flat in names.items()}  # (N,) each
+    marks = {flat: exact_match(predictions[name], truths) for name, flat in names.items()}  # (N,) each
     result = {
-        "n": len(exam.items),
+        "n": len(test_set.items),
         **{name: float(values.mean()) for name, values in marks.items()},
         "exact_match_novel": None,
         "by_objects": {
             group: {"n": len(which)} | {name: float(values[which].mean()) for name, values in marks.items()}
-            for group, which in _by_group(exam.items).items()
+            for group, which in _by_group(test_set.items).items()
         },
-        "metrics": scores(said["own"], truths, seed),
-        "controls": {name: scores(said[name], truths, seed) for name in CONTROLS},
+        "metrics": scores(predictions["own"], truths, seed),
+        "controls": {name: scores(predictions[name], truths, seed) for name in CONTROLS},
     }
-    result |= verdict(exam, said, seed)
-    if exam.novel:
-        right = exact_match(said["novel"], [item.truths for item in exam.novel])
+    result |= verdict(test_set, predictions, seed)
+    if test_set.novel:
+        right = exact_match(predictions["novel"], [item.truths for item in test_set.novel])
         result["exact_match_novel"] = float(right.mean())
         result["novel"] = {
             "n": len(right),
             "exact_match": float(right.mean()),
             "by_objects": {
-                g: {"n": len(w), "exact_match": float(right[w].mean())} for g, w in _by_group(exam.novel).items()
+                g: {"n": len(w), "exact_match": float(right[w].mean())} for g, w in _by_group(test_set.novel).items()
             },
-            "metrics": scores(said["novel"], [item.truths for item in exam.novel], seed),
+            "metrics": scores(predictions["novel"], [item.truths for item in test_set.novel], seed),
         }
     return result
 
@@ -115,17 +115,19 @@ def scores(captions: Sequence[str], truths: Sequence[Sequence[str]], seed: int) 
     return {name: score.to_dict() for name, score in caption_metrics(captions, truths, seed=seed).items()}
 
 
-def verdict(exam: Exam, said: dict[str, list[str]], seed: int) -> dict:
+def verdict(test_set: EvaluationSet, predictions: dict[str, list[str]], seed: int) -> dict:
     """{"looks": bool, "verdict": a sentence, "gain": control → {value, low, high} of score minus control}.
 
     By exact match in the classroom, where there is one right caption, else (or if it is never right) by CIDEr-D.
     """
-    truths = [item.truths for item in exam.items]
-    per_picture = {name: exact_match(said[name], truths) for name in ("own", *CONTROLS)}
+    truths = [item.truths for item in test_set.items]
+    per_picture = {name: exact_match(predictions[name], truths) for name in ("own", *CONTROLS)}
     metric = "exact match"
-    if not (exam.classroom and per_picture["own"].any()):
+    if not (test_set.classroom and per_picture["own"].any()):
         metric, references = "CIDEr-D", [[ptb_tokens(text) for text in texts] for texts in truths]
-        per_picture = {name: cider_d([ptb_tokens(text) for text in said[name]], references) for name in per_picture}
+        per_picture = {
+            name: cider_d([ptb_tokens(text) for text in predictions[name]], references) for name in per_picture
+        }
     own, gain = per_picture["own"], {}
     for name in CONTROLS:
         difference = own - per_picture[name]
@@ -133,14 +135,14 @@ def verdict(exam: Exam, said: dict[str, list[str]], seed: int) -> dict:
         gain[name] = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
     above = [name for name in CONTROLS if gain[name]["low"] > 0]
     looks = "blind" in above and "shuffled" in above
-    figures = ", ".join(f"{per_picture[name].mean():.3f} with {SAID[name]}" for name in CONTROLS)
+    figures = ", ".join(f"{per_picture[name].mean():.3f} with {SHOWN_INSTEAD[name]}" for name in CONTROLS)
     score = f"{metric} {own.mean():.3f} with its own picture, {figures} (n = {len(own)})"
     if looks and len(above) == len(CONTROLS):
         sentence = f"It looks: {score}."
     elif looks:
-        behind = " and ".join(SAID[name] for name in CONTROLS if name not in above)
+        behind = " and ".join(SHOWN_INSTEAD[name] for name in CONTROLS if name not in above)
         sentence = f"It looks, but does not say more than {behind} would: {score}."
     else:
-        same = " or ".join(SAID[name] for name in ("blind", "shuffled") if name not in above)
+        same = " or ".join(SHOWN_INSTEAD[name] for name in ("blind", "shuffled") if name not in above)
         sentence = f"Nothing shows that it looks: it scores no better than with {same}: {score}."
     return {"looks": looks, "verdict": sentence, "gain": gain, "headline_metric": metric}

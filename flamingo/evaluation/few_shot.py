@@ -22,15 +22,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flamingo.data import scenes
-from flamingo.data.classroom import question_chunk
+from flamingo.classroom import scenes
+from flamingo.classroom.examples import question_chunk
+from flamingo.data.processor import EOC_TOKEN, Chunk
 from flamingo.errors import InputError
-from flamingo.evaluation.answers import Answerer
-from flamingo.evaluation.exam import Exam, Item
 from flamingo.evaluation.metrics import bootstrap_interval, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts
+from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.ptb import ptb_tokens
-from flamingo.processor import EOC_TOKEN, Chunk
+from flamingo.evaluation.test_set import EvaluationSet, Item
 
 SCORES = ("exact_match", "exact_match_novel", "text_only_demos", "cider_d", "cider_d_text_only_demos")  # of captions
 TASKS = {"questions": "questions", "classification": "which one?", "classification_novel": "which one? (novel)"}
@@ -101,7 +101,7 @@ def _gives_away(task: Task, example: Chunk, right: set[str]) -> bool:
     return task.own_answers and normalise(example.caption) in right
 
 
-def choose_examples(task: Task, most: int, how: FewShot, trial: int, answerer: Answerer) -> list[list[Chunk]]:
+def choose_examples(task: Task, most: int, how: FewShot, trial: int, predictor: Predictor) -> list[list[Chunk]]:
     """For each query its examples, `most` of them; for fewer shots take the last ones. The same for the same trial.
 
     No example gives the answer away: where the caption is one of the query's right ones another picture is taken.
@@ -109,7 +109,7 @@ def choose_examples(task: Task, most: int, how: FewShot, trial: int, answerer: A
     chosen = []
     for i, query in enumerate(task.queries):
         if how.demos == "rices":
-            similarity = answerer.pooled[list(task.support)] @ answerer.pooled[query.row]
+            similarity = predictor.pooled[list(task.support)] @ predictor.pooled[query.row]
             order = [task.support[j] for j in similarity.argsort(descending=True, stable=True).tolist()]
         else:
             order = random.Random(f"{how.seed} {task.name} {trial} {i}").sample(task.support, len(task.support))
@@ -125,7 +125,7 @@ def choose_examples(task: Task, most: int, how: FewShot, trial: int, answerer: A
     return chosen
 
 
-def check_shots(task: Task, how: FewShot, answerer: Answerer) -> None:
+def check_shots(task: Task, how: FewShot, predictor: Predictor) -> None:
     """Raises InputError, before anything is run, for more shots than pictures or than fit into the positions."""
     solved = {  # style → row → example: the same for all queries of a style
         style: {row: task.solve(row, query) for row in task.support}
@@ -142,12 +142,12 @@ def check_shots(task: Task, how: FewShot, answerer: Answerer) -> None:
             f"at most {available} ({task.name})"
         )
     examples = [example for own in solved.values() for example in own.values()]
-    answerer.check_room(how.most, examples, [Chunk(query.row, query.prompt) for query in task.queries])
+    predictor.check_room(how.most, examples, [Chunk(query.row, query.prompt) for query in task.queries])
 
 
 # ----------------------------------------------------------------------------------------------------- the curve
 def curve(
-    task: Task, how: FewShot, answerer: Answerer, parts: Parts, text_only: bool = True, blind: bool = False
+    task: Task, how: FewShot, predictor: Predictor, parts: Parts, text_only: bool = True, blind: bool = False
 ) -> dict[str, dict]:
     """shots ("0", "1", …) → {exact_match, …_spread, …_interval, and the same for text_only_demos}.
 
@@ -158,16 +158,18 @@ def curve(
     table: dict[str, dict] = {}
     for shots in how.shots:
         trials = how.trials if shots else 1
-        said = {"": [_answers(task, how, shots, trial, answerer, parts) for trial in range(trials)]}  # way → trials
+        predictions = {
+            "": [_answers(task, how, shots, trial, predictor, parts) for trial in range(trials)]
+        }  # way → trials
         if text_only:
-            said["text_only_demos"] = said[""] if not shots else [
-                _answers(task, how, shots, trial, answerer, parts, text_only=True) for trial in range(trials)
+            predictions["text_only_demos"] = predictions[""] if not shots else [
+                _answers(task, how, shots, trial, predictor, parts, text_only=True) for trial in range(trials)
             ]  # fmt: skip
         if blind and not shots:
-            said["blind"] = [_answers(task, how, shots, 0, answerer, parts, blind=True)]
+            predictions["blind"] = [_answers(task, how, shots, 0, predictor, parts, blind=True)]
         row: dict = {}
         for score, marks in task.scores.items():
-            for way, answers in said.items():
+            for way, answers in predictions.items():
                 row |= _summary(score_name(score, way), [marks(trial, task.queries) for trial in answers])
         table[str(shots)] = row | {"n": len(task.queries), "trials": trials}
     return table
@@ -179,21 +181,21 @@ def score_name(score: str, way: str) -> str:
 
 
 def _answers(
-    task: Task, how: FewShot, shots: int, trial: int, answerer: Answerer, parts: Parts,
+    task: Task, how: FewShot, shots: int, trial: int, predictor: Predictor, parts: Parts,
     text_only: bool = False, blind: bool = False,
 ) -> list[str]:  # fmt: skip
     way = ", texts only" if text_only else ", blind" if blind else ""
     title = f"{task.name}, {shots} shots, trial {trial + 1}{way}"
 
     def work() -> list[str]:
-        examples, count = choose_examples(task, how.most, how, trial, answerer), how.examples_at(shots)
+        examples, count = choose_examples(task, how.most, how, trial, predictor), how.examples_at(shots)
         texts = [
             prompt_text(query, own[how.most - count :], text_only or not shots)
             for query, own in zip(task.queries, examples, strict=True)
         ]
         if task.answers is None:
-            return answerer.say(texts, title, blind=blind)
-        chosen = answerer.choose(texts, task.answers, title, blind=blind).argmax(dim=1)
+            return predictor.predict(texts, title, blind=blind)
+        chosen = predictor.choose(texts, task.answers, title, blind=blind).argmax(dim=1)
         return [task.answers[k] for k in chosen.tolist()]
 
     return parts.keep(title, work)
@@ -230,21 +232,29 @@ def few_shot_columns(result: dict) -> list[tuple[str, dict, str]]:
 
 
 # ----------------------------------------------------------------------------------------------------- the tasks
-def captioning_task(name: str, items: Sequence[Item], rows: Sequence[int], exam: Exam, support: Sequence[int],
-                    template: str) -> Task:  # fmt: skip
+def captioning_task(
+    name: str,
+    items: Sequence[Item],
+    rows: Sequence[int],
+    test_set: EvaluationSet,
+    support: Sequence[int],
+    template: str,
+) -> Task:
     """Captions. In the classroom nothing but the examples tells the style: the query has no cue."""
-    shown = dict(zip(support, exam.support, strict=True))
+    shown = dict(zip(support, test_set.support, strict=True))
     queries = [Query(row, template, item.truths, item.style) for row, item in zip(rows, items, strict=True)]
-    by_people = {} if exam.classroom else {"cider_d": _cider}
+    by_people = {} if test_set.classroom else {"cider_d": _cider}
     return Task(
-        name, queries, support, lambda row, query: Chunk(row, template, shown[row].told_as(query.style)),
+        name, queries, support, lambda row, query: Chunk(row, template, shown[row].caption_in(query.style)),
         own_answers=not all(item.captioned_by_class for item in items), scores={"exact_match": _marks} | by_people,
     )  # fmt: skip
 
 
-def questions_task(items: Sequence[Item], rows: Sequence[int], exam: Exam, support: Sequence[int], seed: int) -> Task:
+def questions_task(
+    items: Sequence[Item], rows: Sequence[int], test_set: EvaluationSet, support: Sequence[int], seed: int
+) -> Task:
     """One question about each scene; the examples ask one question each about theirs."""
-    shown = dict(zip(support, exam.support, strict=True))
+    shown = dict(zip(support, test_set.support, strict=True))
 
     def ask(row: int, scene: scenes.Scene) -> Chunk:
         return replace(question_chunk(scene, random.Random(f"question {seed} {row}")), picture=row)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
-from flamingo.captioning import caption, encode_pictures
-from flamingo.data.classroom import ClassroomScenes
-from flamingo.evaluation.exam import Item, classroom_items
+from flamingo.classroom.examples import ClassroomScenes
+from flamingo.data.processor import FlamingoProcessor
+from flamingo.evaluation.captioning import caption, encode_pictures
 from flamingo.evaluation.metrics import bootstrap_interval, cider_d, exact_match
 from flamingo.evaluation.ptb import ptb_tokens
-from flamingo.modeling import Flamingo
-from flamingo.processor import FlamingoProcessor
+from flamingo.evaluation.test_set import Item, classroom_items
+from flamingo.model.vlm import Flamingo
 
 PICTURES = 64
 READ_ON = 'see "Troubleshooting" in README.md'

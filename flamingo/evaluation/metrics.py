@@ -49,25 +49,25 @@ def caption_metrics(
     warning, if there is but one picture. Raises InputError if a picture has no candidate or no reference.
     """
     _check_pairs(candidates, references)
-    said = [ptb_tokens(text) for text in candidates]
+    predictions = [ptb_tokens(text) for text in candidates]
     right = [[ptb_tokens(text) for text in texts] for texts in references]
-    n = len(said)
+    n = len(predictions)
 
-    counts = bleu_counts(said, right)
+    counts = bleu_counts(predictions, right)
     low, high = bootstrap_interval(counts, bleu_of_counts, resamples=resamples, seed=seed)
     scores = {
         f"bleu_{k + 1}": Score(float(value), float(low[k]), float(high[k]), n, ONE_IS_ALL)
         for k, value in enumerate(bleu_of_counts(counts.sum(axis=0)))
     }
-    scores["rouge_l"] = mean_score(rouge_l(said, right), ONE_IS_ALL, resamples=resamples, seed=seed)
+    scores["rouge_l"] = mean_score(rouge_l(predictions, right), ONE_IS_ALL, resamples=resamples, seed=seed)
     if n > 1:
         scale = "1.0 is 100 in papers (it can pass 1; at most 10)"
-        scores["cider_d"] = mean_score(cider_d(said, right), scale, resamples=resamples, seed=seed)
+        scores["cider_d"] = mean_score(cider_d(predictions, right), scale, resamples=resamples, seed=seed)
     else:
         warnings.warn(f"cider_d is left out: {ONE_PICTURE}", stacklevel=2)
     scores["exact_match"] = mean_score(exact_match(candidates, references), ONE_IS_ALL, resamples=resamples, seed=seed)
     scores["distinct_captions"] = Score(distinct_captions(candidates), None, None, n, ONE_IS_ALL)
-    scores["vocabulary"] = Score(vocabulary(said), None, None, n, "different words")
+    scores["vocabulary"] = Score(vocabulary(predictions), None, None, n, "different words")
     return scores
 
 
@@ -87,16 +87,16 @@ def bleu_counts(candidates: Sequence[Words], references: Sequence[Sequence[Words
     is the one closest to the candidate's, the shorter of two equally close.
     """
     rows = []
-    for said, right in zip(candidates, references, strict=True):
-        closest = min((abs(len(words) - len(said)), len(words)) for words in right)[1]
+    for predictions, right in zip(candidates, references, strict=True):
+        closest = min((abs(len(words) - len(predictions)), len(words)) for words in right)[1]
         matched, possible = [], []
         for order in range(1, ORDERS + 1):
             allowed = Counter()
             for words in right:
                 allowed |= ngrams(words, order)  # | of two counters: the larger count of each
-            matched.append((ngrams(said, order) & allowed).total())  # & : the smaller
-            possible.append(max(0, len(said) - order + 1))
-        rows.append([len(said), closest, *matched, *possible])
+            matched.append((ngrams(predictions, order) & allowed).total())  # & : the smaller
+            possible.append(max(0, len(predictions) - order + 1))
+        rows.append([len(predictions), closest, *matched, *possible])
     return np.array(rows, dtype=float)
 
 
@@ -144,21 +144,21 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
         ]
 
     scores = []
-    for said, right in zip(candidates, references, strict=True):
-        weighed, total = weigh(said), 0.0
+    for predictions, right in zip(candidates, references, strict=True):
+        weighed, total = weigh(predictions), 0.0
         for words in right:
             # pycocoevalcap measures lengths in pairs of words: the same difference, except for an empty caption
-            gap = max(0, len(said) - 1) - max(0, len(words) - 1)
+            gap = max(0, len(predictions) - 1) - max(0, len(words) - 1)
             alike = sum(map(_clipped_cosine, weighed, weigh(words))) / ORDERS
             total += alike * math.exp(-(gap**2) / (2 * sigma**2))
         scores.append(10 * total / len(right))
     return np.array(scores)
 
 
-def _clipped_cosine(said: dict[tuple, float], right: dict[tuple, float]) -> float:
+def _clipped_cosine(predictions: dict[tuple, float], right: dict[tuple, float]) -> float:
     """Cosine of two weighed n-gram lists, where saying a thing more often than the reference earns nothing."""
-    norm = math.hypot(*said.values()) * math.hypot(*right.values())
-    shared = sum(min(weight, right[gram]) * right[gram] for gram, weight in said.items() if gram in right)
+    norm = math.hypot(*predictions.values()) * math.hypot(*right.values())
+    shared = sum(min(weight, right[gram]) * right[gram] for gram, weight in predictions.items() if gram in right)
     return shared / norm if norm else 0.0
 
 
@@ -170,10 +170,10 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
     """
     _check_pairs(candidates, references)
     scores = []
-    for said, right in zip(candidates, references, strict=True):
-        said = said or [""]  # pycocoevalcap counts an empty caption as one empty word
-        common = [(longest_common_subsequence(said, words or [""]), max(1, len(words))) for words in right]
-        precision = max(length for length, _ in common) / len(said)
+    for predictions, right in zip(candidates, references, strict=True):
+        predictions = predictions or [""]  # pycocoevalcap counts an empty caption as one empty word
+        common = [(longest_common_subsequence(predictions, words or [""]), max(1, len(words))) for words in right]
+        precision = max(length for length, _ in common) / len(predictions)
         recall = max(length / words for length, words in common)
         weight = recall + beta**2 * precision
         scores.append((1 + beta**2) * precision * recall / weight if weight else 0.0)
@@ -203,7 +203,10 @@ def exact_match(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
     """1.0 for each caption that is one of its picture's references, else 0.0: (N,)."""
     _check_pairs(candidates, references)
     return np.array(
-        [float(normalise(said) in map(normalise, right)) for said, right in zip(candidates, references, strict=True)]
+        [
+            float(normalise(predictions) in map(normalise, right))
+            for predictions, right in zip(candidates, references, strict=True)
+        ]
     )
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from flamingo.checkpoint import write_json
+from flamingo.files import write_json
 
 FILE = ".evaluation.partial.json"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from flamingo.checkpoint import write_atomically
-from flamingo.data import scenes
-from flamingo.evaluation import figures
-from flamingo.evaluation.exam import Exam
+from flamingo.classroom import scenes
+from flamingo.evaluation.answer_tasks import answers_sentence
 from flamingo.evaluation.few_shot import few_shot_columns
-from flamingo.evaluation.questions import answers_in_words
+from flamingo.evaluation.test_set import EvaluationSet
+from flamingo.figures import evaluation_figures as figures
+from flamingo.files import write_atomically
 
 FILE = "report.html"
 GALLERY = 24  # pictures of each kind
@@ -60,13 +60,13 @@ summary { cursor: pointer; }
 """
 
 
-def write_report(folder: Path, exam: Exam, result: dict) -> None:
+def write_report(folder: Path, test_set: EvaluationSet, result: dict) -> None:
     """Write report.html into the run folder. result: what evaluation.json holds."""
-    page = report_page(folder.resolve().name, exam, result)
+    page = report_page(folder.resolve().name, test_set, result)
     write_atomically(folder / FILE, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
-def report_page(name: str, exam: Exam, result: dict) -> str:
+def report_page(name: str, test_set: EvaluationSet, result: dict) -> str:
     """The page, complete: nothing is loaded from elsewhere, nothing is run."""
     sections = [
         f"<h1>Does {escape(name)} look at the picture?</h1>",
@@ -78,9 +78,9 @@ def report_page(name: str, exam: Exam, result: dict) -> str:
             "Exact match: the caption is the right one, word for word."),
         _figure(figures.controls_figure(result, "cider_d", "CIDEr-D"), "CIDEr-D: partly right counts too."), "</div>",
         _few_shot(result),
-        _attention(exam, result),
-        "<h2>Best and worst</h2>", _best_and_worst(exam, result),
-        "<h2>Gallery</h2>", _gallery(exam, result),
+        _attention(test_set, result),
+        "<h2>Best and worst</h2>", _best_and_worst(test_set, result),
+        "<h2>Gallery</h2>", _gallery(test_set, result),
         "<h2>The run</h2>", _pairs("Cost", result["cost"]), _pairs("Training options", result["options"]),
         _pairs("Model", result["config"]), _pairs("Seconds of this evaluation", result["seconds_by_part"]),
     ]  # fmt: skip
@@ -164,7 +164,7 @@ def _few_shot(result: dict) -> str:
     zero = "no example" if way["zero_shot"] == "bare" else "two examples without pictures"
     text = (
         f"Examples: {chosen}, from {way['support']} pictures of the training split; ± is the spread over "
-        f"{way['trials']} draws. 0 shots: {zero}. Template: {way['template'] or 'none'}. " + answers_in_words(result)
+        f"{way['trials']} draws. 0 shots: {zero}. Template: {way['template'] or 'none'}. " + answers_sentence(result)
     )
     if "exact_match_style_given" in result:
         bound = result["fast_binding"]
@@ -184,10 +184,10 @@ def _few_shot(result: dict) -> str:
     return f'<h2>Few-shot</h2><p>{escape(text)}</p>{_table(head, rows)}<div class="figures">{shown}</div>'
 
 
-def _attention(exam: Exam, result: dict) -> str:
+def _attention(test_set: EvaluationSet, result: dict) -> str:
     held, shown = result["attention"], []
     for i in sorted({look["item"] for look in held["examples"]}):
-        item = exam.items[i]
+        item = test_set.items[i]
         words = [(look["word"], look["grid"]) for look in held["examples"] if look["item"] == i]
         boxes: dict[str, list] = {}
         for placed in item.scene.objects if item.scene else ():
@@ -213,43 +213,43 @@ def _thumbnail(picture: Image.Image, side: int = THUMBNAIL) -> Image.Image:
     return small
 
 
-def _card(exam: Exam, result: dict, i: int, good: bool) -> str:
+def _card(test_set: EvaluationSet, result: dict, i: int, good: bool) -> str:
     example = result["examples"][i]
     prompt = f'<p class="true">{escape(example["prompt"])}</p>' if example["prompt"] else ""
     true = "" if example["right"] else f'<p class="true">true: {escape(example["true"])}</p>'
-    picture = _data(figures.png(_thumbnail(exam.items[i].picture)))
+    picture = _data(figures.png(_thumbnail(test_set.items[i].picture)))
     return (
         f'<div class="card {"right" if good else "wrong"}"><img src="{picture}" alt="" loading="lazy">{prompt}'
         f"<p>{escape(example['said'] or '(nothing)')}</p>{true}</div>"
     )
 
 
-def _split_by_quality(exam: Exam, result: dict) -> tuple[list[int], list[int]]:
+def _split_by_quality(test_set: EvaluationSet, result: dict) -> tuple[list[int], list[int]]:
     """Numbers of the right and the wrong items; on a captioned set the better half by CIDEr-D and the other. Each from
     its best to its worst."""
     examples = result["examples"]
     order = sorted(range(len(examples)), key=lambda i: -examples[i]["score"])
-    if exam.classroom:
+    if test_set.classroom:
         return [i for i in order if examples[i]["right"]], [i for i in order if not examples[i]["right"]]
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
-def _best_and_worst(exam: Exam, result: dict) -> str:
-    right, wrong = _split_by_quality(exam, result)
+def _best_and_worst(test_set: EvaluationSet, result: dict) -> str:
+    right, wrong = _split_by_quality(test_set, result)
     best, worst = (right + wrong)[:EXTREMES], (right + wrong)[-EXTREMES:]
-    cards = [_card(exam, result, i, i in set(right)) for i in [*best, *worst]]
+    cards = [_card(test_set, result, i, i in set(right)) for i in [*best, *worst]]
     return f'<p class="quiet">By CIDEr-D of the picture: the first {len(best)} and the last {len(worst)}.</p>' + (
         f'<div class="cards">{"".join(cards)}</div>'
     )
 
 
-def _gallery(exam: Exam, result: dict) -> str:
+def _gallery(test_set: EvaluationSet, result: dict) -> str:
     """Pictures one can filter, in the order of the set."""
-    right, wrong = _split_by_quality(exam, result)
-    names = ("right", "wrong") if exam.classroom else ("better half", "other half")
+    right, wrong = _split_by_quality(test_set, result)
+    names = ("right", "wrong") if test_set.classroom else ("better half", "other half")
     chosen = sorted([*sorted(right)[:GALLERY], *sorted(wrong)[:GALLERY]])
     good = set(right)
-    cards = "".join(_card(exam, result, i, i in good) for i in chosen)
+    cards = "".join(_card(test_set, result, i, i in good) for i in chosen)
     return (
         f'<p class="quiet">{len(chosen)} of {result["n"]}: the first {min(len(right), GALLERY)} {names[0]} and '
         f"the first {min(len(wrong), GALLERY)} {names[1]}.</p>"

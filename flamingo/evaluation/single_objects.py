@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flamingo.data import scenes
-from flamingo.data.questions import question_prompt
-from flamingo.evaluation.answers import Answerer
+from flamingo.classroom import scenes
+from flamingo.data.answer_columns import question_prompt
+from flamingo.data.processor import Chunk
 from flamingo.evaluation.few_shot import Query, Task
 from flamingo.evaluation.metrics import bootstrap_interval
 from flamingo.evaluation.parts import Parts
-from flamingo.processor import Chunk
+from flamingo.evaluation.predictor import Predictor
 
 # ------------------------------------------------------------------------------------------------- pictures
 SEARCHED = 20_000  # scenes, at most
@@ -30,7 +30,7 @@ EXAMPLES = 3  # scenes of a name that classification keeps for examples
 Singles = dict[str, list[tuple[int, scenes.Scene]]]  # name → (row of the bank, scene), each with another ground
 
 
-def add_single_objects(answerer: Answerer, split: str, seed: int, most_names: int, each: int) -> Singles:
+def add_single_objects(predictor: Predictor, split: str, seed: int, most_names: int, each: int) -> Singles:
     """Put scenes of one object into the bank: up to `most_names` names, `each` of a name, all on different grounds."""
     found: dict[str, dict[str, scenes.Scene]] = {}  # name → ground → scene
     whole: list[str] = []
@@ -42,7 +42,7 @@ def add_single_objects(answerer: Answerer, split: str, seed: int, most_names: in
             whole += [scene.names[0]] if len(grounds) == each else []
         if len(whole) == most_names:
             break
-    rows = iter(answerer.add([scene.draw() for name in whole for scene in found[name].values()]))
+    rows = iter(predictor.add([scene.draw() for name in whole for scene in found[name].values()]))
     return {name: [(next(rows), scene) for scene in found[name].values()] for name in whole}
 
 
@@ -96,11 +96,11 @@ def binding_episodes(singles: Singles, n: int, seed: int) -> list[Episode]:
     return episodes
 
 
-def fast_binding(answerer: Answerer, parts: Parts, episodes: Sequence[Episode], title: str) -> dict:
+def fast_binding(predictor: Predictor, parts: Parts, episodes: Sequence[Episode], title: str) -> dict:
     """{accuracy, low, high, n, chance}."""
 
     def work() -> list[bool]:
-        scores = answerer.choose([episode.text() for episode in episodes], scenes.INVENTED, title)  # (B, K)
+        scores = predictor.choose([episode.text() for episode in episodes], scenes.INVENTED, title)  # (B, K)
         columns = [[scenes.INVENTED.index(name) for name in episode.names] for episode in episodes]
         return [scores[b, columns[b]].argmax().item() == episode.right for b, episode in enumerate(episodes)]
 

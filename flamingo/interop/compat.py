@@ -5,7 +5,8 @@ inside may not. transformers 5.24 renamed `past_key_values` to `cache`, and a mo
 every decode step for the beginning of a text. So a thing is recognised by what it *is*, not by what it is called, and
 what is not found is an error that names the version. Nothing else in this repository names
 
-    transformers    the cache among a model's arguments and outputs, position ids, the attention interface, embed_scale
+    transformers    the cache among a model's arguments and outputs, where the decoder layers are, position ids, the
+                    attention interface, embed_scale
     torch           oneDNN's own order of a matrix, an assertion that does not wait for a GPU
     open_clip       patch tokens of a tower (its own or timm's), its pictures' settings, QuickGELU
 
@@ -104,6 +105,56 @@ def tokens_read(cache: Cache | None) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
+def check_that_text_grows(tokens_before: int, tokens: Tensor, cache: Cache | None) -> int:
+    """While a text is generated each call reads all of it again, or comes with a cache of what was read before. A call
+    that does neither would take the next token for the beginning of a text, and every caption would be nonsense.
+
+    tokens_before: read by the earlier calls. tokens: (B, T_txt, …) of this one. Returns how many are read after it.
+    Raises InputError, naming the version.
+    """
+    if cache is None and tokens.shape[1] <= tokens_before:
+        raise unlike("transformers", "goes on with a text without handing over the cache of its beginning")
+    return tokens_read(cache) + tokens.shape[1]
+
+
+# -------------------------------------------------------------------------------- transformers: the decoder layers
+# Where the decoder layers are, by `config.model_type`. Others are found by structure.
+DECODER_LAYERS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gptj": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "llama": "model.layers",
+    "mistral": "model.layers",
+    "qwen2": "model.layers",
+    "falcon": "transformer.h",
+    "bloom": "transformer.h",
+    "mpt": "transformer.blocks",
+    "biogpt": "biogpt.layers",
+}
+
+
+def find_decoder_layers(lm: nn.Module, attr_name: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The dotted name and the ModuleList of a causal language model's decoder layers.
+
+    By `attr_name` if given, by the table, or as the only ModuleList with as many entries as the config has layers.
+    Raises ValueError, naming the option `decoder_layers_attr_name`, when none or several fit.
+    """
+    lists = {name: module for name, module in lm.named_modules() if isinstance(module, nn.ModuleList)}
+    name = attr_name or DECODER_LAYERS.get(lm.config.model_type)
+    if name in lists:
+        return name, lists[name]
+    if attr_name:
+        raise ValueError(f"decoder_layers_attr_name={attr_name!r} is no ModuleList; this model has {', '.join(lists)}")
+    fitting = [name for name, module in lists.items() if len(module) == lm.config.num_hidden_layers]
+    if len(fitting) == 1:
+        return fitting[0], lists[fitting[0]]
+    raise ValueError(
+        f"cannot tell which of {', '.join(lists) or 'no ModuleList'} holds the decoder layers of "
+        f"{lm.config.model_type}: name it with decoder_layers_attr_name"
+    )
+
+
 # --------------------------------------------------------------------------------- transformers: other arguments
 def takes_position_ids(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
@@ -112,6 +163,18 @@ def takes_position_ids(model: nn.Module) -> bool:
 def max_positions(model: nn.Module) -> int | None:
     """Tokens of the longest text; None for a model that sets no limit."""
     return getattr(model.config, "max_position_embeddings", None)
+
+
+def check_length(model: nn.Module, tokens: Tensor, read: int) -> None:
+    """Raises ValueError if tokens (B, T_txt, …), behind `read` others, are none or more than there are positions."""
+    if tokens.numel() == 0:
+        raise ValueError(f"the batch is empty: input_ids have the shape {tuple(tokens.shape)}")
+    positions, length = max_positions(model), read + tokens.shape[1]
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"a text of {length} tokens is longer than the {positions} positions of {model.config.model_type}: "
+            "shorten it, or give fewer pictures with their captions"
+        )
 
 
 def embedding_scale(embedding: nn.Embedding) -> float:
@@ -138,6 +201,21 @@ def set_attention(model: nn.Module, name: str) -> None:
 def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
     """transformers' own attention by torch: (B, h, T, c) each → (B, T, h, c)."""
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+
+# --------------------------------------------------------------------------------------------- torch: assertions
+def check_values(holds: Tensor, mistake: Callable[[int], str]) -> None:
+    """Raises ValueError unless all of `holds` (N, …), bool, is True: `mistake(i)` is the sentence for the first that is
+    not.
+
+    To look at the values of a tensor on a GPU is to wait for all its work. There the GPU checks by itself, without a
+    wait, and its program ends with an assertion (torch's own, which is private).
+    """
+    if holds.device.type == "cpu":
+        if not holds.all():
+            raise ValueError(mistake(int((~holds).nonzero()[0, 0])))
+    else:
+        torch._assert_async(holds.all(), "image_index or <image> tokens point at pictures that are not there")
 
 
 # ------------------------------------------------------------------------------------------------- torch: oneDNN

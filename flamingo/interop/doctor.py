@@ -5,31 +5,22 @@ import platform
 
 import torch
 
-from flamingo import training
-from flamingo.checkpoint import load_model
+from flamingo.classroom.examples import ClassroomScenes
 from flamingo.data.batches import Collate
-from flamingo.data.classroom import ClassroomScenes
-from flamingo.errors import InputError
+from flamingo.fast.device import pick_device, tune
+from flamingo.fast.enable import enable
+from flamingo.fast.precision import bf16_is_faster
+from flamingo.files import asset
 from flamingo.interop import compat
 from flamingo.interop.selfcheck import check_decoding
-from flamingo.options import asset
+from flamingo.training.checkpoint import load_model
 
-ALSO = (
-    "torchvision",
-    "timm",
-    "tokenizers",
-    "huggingface_hub",
-    "safetensors",
-    "einops",
-    "numpy",
-    "pillow",
-    "matplotlib",
-)
+ALSO = ("torchvision", "timm", "tokenizers", "huggingface_hub", "safetensors", "einops", "numpy", "pillow")
 
 
-def examine_installation() -> None:
+def doctor() -> None:
     """Print it all. Raises InputError when something does not work."""
-    device = training.pick_device("auto")
+    device = pick_device("auto")
     rows = [("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     rows += [
         (package, f"{compat.installed(package)} (works: {compat.range_of(package)})") for package in compat.WORKING
@@ -39,15 +30,17 @@ def examine_installation() -> None:
     for name, text in rows:
         print(f"{name:18}{text}")
     compat.check_versions()
-    training.tune(device)
+    tune(device)
     model, processor, _ = load_model(asset("classroom/flamingo"))
     model.to(device)
+    fast = enable(model)
     batch = Collate(processor, 128)([ClassroomScenes("validation")[i] for i in range(16)])
-    dtype = "bfloat16" if training.bf16_pays(model.train(), batch, device) else "float32"
+    dtype = "bfloat16" if bf16_is_faster(model.train(), batch.to(device).inputs(), device) else "float32"
     print(f"{'dtype auto':18}{dtype}")
     if device.type == "cpu" and not compat.has_onednn(torch.float32):
         print(f"{'oneDNN':18}not in torch: generating on this CPU takes about twice as long. "
               "the package index's own builds from 2.6 on have it")  # fmt: skip
+    print(f"{'flamingo/fast':18}{', '.join(fast)}")
     difference = check_decoding(model)
     print(f"{'self-check':18}passed: cached steps and forward pass are {difference:.1e} apart")
 
@@ -60,10 +53,3 @@ def _describe(device: torch.device) -> str:
     if hasattr(os, "sysconf"):  # not on Windows
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     return f"CPU, {os.cpu_count()} cores{memory}"
-
-
-def doctor() -> None:
-    try:
-        examine_installation()
-    except InputError as error:
-        raise InputError(f"this installation does not work: {error}") from error

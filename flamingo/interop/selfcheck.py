@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from flamingo.interop import compat
-from flamingo.modeling import VisionLanguageModel
+from flamingo.model.vlm import VisionLanguageModel
 
 STEPS = 3  # generated; the second and third come from the cache
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the logits' spread
@@ -26,10 +26,10 @@ def check_decoding(model: VisionLanguageModel, autocast: Callable[[], AbstractCo
     Raises InputError, naming the versions, when they are not the same.
     """
     model.eval()
-    parameter = next(model.perceiver.parameters())
+    parameter = next(model.vision_tokenizer.parameters())
     draw = torch.Generator().manual_seed(0)  # its own: no other random number may change
-    n, d = model.latents_shape
-    latents = torch.randn(1, n, d, generator=draw).to(parameter.device, parameter.dtype)
+    tokenizer = model.vision_tokenizer
+    latents = torch.randn(1, tokenizer.num_latents, tokenizer.dim, generator=draw).to(parameter.device, parameter.dtype)
     others = [i for i in range(3, 12) if i not in (model.media_token_id, model.eoc_token_id, model.pad_token_id)]
     prompt = torch.tensor([[*others[:2], model.media_token_id, *others[2:5]]], device=parameter.device)
     picture = {"latents": latents, "image_index": torch.zeros(1, 1, dtype=torch.long, device=parameter.device)}

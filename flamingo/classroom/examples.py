@@ -1,0 +1,97 @@
+"""The classroom scenes as training examples: what `python train.py` learns from when nothing else is named."""
+
+import random
+
+from torch.utils.data import Dataset
+
+from flamingo.classroom import scenes
+from flamingo.data.answer_columns import question_prompt
+from flamingo.data.batches import Example
+from flamingo.data.processor import Chunk
+
+CURRICULUM_STYLES = ("list", "telegram")  # of the first words
+
+
+class ClassroomScenes(Dataset):
+    """`size` examples, each a pure function of (seed, split, index).
+
+    An example is told twice, each time in another style: what is seen in its pictures is worked out once for both.
+
+    The first `curriculum` are *first words*: one scene told as a list and as a telegram. Nearly every word of these
+    is a name, a ground or a place, in reading order, so that names and places bind early; among longer captions they
+    stay unlearned for long, because most of what can be gained at first lies elsewhere.
+
+    After them there are three kinds. Most are one scene, with captions (nearly always with the cue of their style) or
+    questions about one fact. Some are documents: 2 to 8 scenes told in one style, which mostly nothing names but the
+    first captions themselves. And some give two things invented names and ask for them again: what they are called can
+    only be looked up in the examples.
+    """
+
+    LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
+    DOCUMENTS, NAMINGS = 0.15, 0.03  # shares of the examples
+    DOCUMENT_LENGTHS = (2, 2, 3, 3, 4, 4, 8)  # scenes; drawn from
+    QUESTIONS = 0.15  # share of the texts about one scene
+
+    skipped: tuple[str, ...] = ()  # nothing is ever broken here
+
+    def __init__(self, split: str, seed: int = 0, size: int = 100_000, curriculum: int = 0):
+        self.split, self.seed, self.size, self.curriculum = split, seed, size, curriculum
+
+    def __len__(self) -> int:
+        return self.size
+
+    def length(self, index: int) -> int:
+        """Pictures of its texts: documents keep to themselves, but all styles and layouts share a batch. (Batches of
+        equally many words would each be of one layout and one style, and pull the weights to and fro.)"""
+        return len(self._plan(index)[0])
+
+    def __getitem__(self, index: int) -> Example:
+        drawn, texts = self._plan(index)
+        return Example([scene.draw() for scene in drawn], texts)
+
+    def _plan(self, index: int) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
+        """The scenes of an example and the texts about them."""
+        rng = random.Random(f"example {self.seed} {self.split} {index}")
+
+        def scenes_of(count: int) -> list[scenes.Scene]:
+            layouts = rng.choices(scenes.LAYOUTS, self.LAYOUTS, k=count)
+            return [scenes.make_scene(self.seed, self.split, rng.randrange(2**40), layout=each) for each in layouts]
+
+        if index < self.curriculum:
+            drawn = scenes_of(1)
+            return drawn, [caption_scenes(drawn, style, with_cue=True) for style in CURRICULUM_STYLES]
+        kind = rng.random()
+        if kind < self.NAMINGS:
+            return naming(rng, self.split)
+        document = kind < self.NAMINGS + self.DOCUMENTS
+        drawn = scenes_of(rng.choice(self.DOCUMENT_LENGTHS) if document else 1)
+        texts = []
+        for style in rng.sample(scenes.STYLES, 2):
+            if not document and rng.random() < self.QUESTIONS:
+                texts.append([question_chunk(drawn[0], rng)])
+            else:
+                texts.append(caption_scenes(drawn, style, with_cue=rng.random() < (0.2 if document else 0.9)))
+        return drawn, texts
+
+
+def caption_scenes(drawn: list[scenes.Scene], style: str, with_cue: bool) -> list[Chunk]:
+    """One text about the scenes, in one style throughout."""
+    cue = scenes.CUES[style] if with_cue else ""
+    return [Chunk(k, cue, scene.caption(style)) for k, scene in enumerate(drawn)]
+
+
+def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:
+    """One question about the scene, as the prompt, and its answer."""
+    question, answer = rng.choice(scene.questions())
+    return Chunk(0, question_prompt(question), answer)
+
+
+def naming(rng: random.Random, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
+    """Two things are given invented names, then shown again, otherwise drawn: what are they called?"""
+    things = rng.sample(scenes.objects_of(split), 2)
+    words = dict(zip(things, rng.sample(scenes.INVENTED, 2), strict=True))
+    shown = [*things, *(rng.choice(things) for _ in range(2))]
+    drawn = [scenes.one_of(rng, thing) for thing in shown]
+    # The first showing of each is told: nobody could guess the name.
+    chunks = [Chunk(k, words[thing], "") if k < 2 else Chunk(k, "", words[thing]) for k, thing in enumerate(shown)]
+    return drawn, [chunks]

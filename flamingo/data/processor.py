@@ -1,0 +1,269 @@
+"""Text and pictures → tensors, and back to text.
+
+What this file teaches: what a Flamingo reads. Every picture is announced by one token, every caption is closed by
+another, and between them may stand a *prompt* (a cue, a question) that the model is given rather than asked for:
+
+    <image>{prompt} {caption}<|endofchunk|><image>{prompt} {caption}<|endofchunk|>…
+
+`FlamingoProcessor(images=…, text=…)` is for users, who write such texts out; `encode_chunks` is for training and
+evaluation, which also have to know what the model was told.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from flamingo.data.preprocess import Preprocess, to_rgb
+from flamingo.errors import InputError
+
+MEDIA_TOKEN, EOC_TOKEN = "<image>", "<|endofchunk|>"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a text: a picture (its number among the example's pictures, or None), what the model is told, and
+    what it should say."""
+
+    picture: int | None
+    prompt: str = ""
+    caption: str = ""
+
+
+def add_flamingo_tokens(tokenizer) -> None:
+    """Add <|endofchunk|> and <image> (in this order, as open_flamingo does) and see that there is a pad token."""
+    tokenizer.add_tokens([EOC_TOKEN, MEDIA_TOKEN], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is told from text by the attention mask
+
+
+class FlamingoProcessor(ProcessorMixin):
+    """A tokenizer with the two added tokens, and the vision encoder's way of preparing a picture.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; `add_flamingo_tokens` has been called on it.
+        image_processor: PIL picture → (C, H, W).
+    """
+
+    def __init__(self, tokenizer, image_processor: Preprocess):
+        # ProcessorMixin (which a pipeline asks for) would insist on one of transformers' own image processors.
+        self.chat_template = None
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.media_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
+        self.eoc_token_id = tokenizer.convert_tokens_to_ids(EOC_TOKEN)
+        self.pad_token_id = tokenizer.pad_token_id
+        self.begin_ids = list(tokenizer("").input_ids)  # OPT begins every text with </s>, GPT-2 with nothing
+
+    # ----------------------------------------------------------------------------------------- load and save
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_name: str | Path, **hub_options) -> "FlamingoProcessor":
+        """The processor that was saved with a model. Raises InputError when there is none."""
+        from transformers import AutoTokenizer
+
+        from flamingo.files import find_folder
+
+        folder = find_folder(folder_or_hub_name, hub_options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
+        return cls(tokenizer, Preprocess.load(folder))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer and `preprocessor_config.json` into an existing folder."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save(Path(folder))
+
+    # ------------------------------------------------------------------------------------ what users call
+    def __call__(
+        self,
+        images: Image.Image | str | Path | Sequence | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: bool = True,
+        padding_side: str = "left",
+        max_length: int | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Pictures and texts → what `FlamingoModel` takes.
+
+        Args:
+            images: PIL pictures or files: one, a list (dealt out in order to the <image> tags of the texts), or a list
+                for each text.
+            text: one or several, with an <image> for each picture; "<image>" for each picture if not given.
+            padding: texts of unequal length are filled up; padding_side: left to generate, right to train.
+            max_length: cut texts to this many tokens.
+
+        Returns input_ids, attention_mask, media_locations (B, T_txt), and pixel_values (B, T_img, 1, C, H, W) if there
+        are pictures, 0 where a text has fewer than T_img. Raises ValueError when pictures and tags disagree.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' (torch) is offered")
+        if text is None and images is None:
+            raise ValueError("give images, text or both")
+        pictures = None if images is None else [images] if _is_picture(images) else list(images)
+        if text is None:
+            text = [MEDIA_TOKEN * (1 if _is_picture(entry) else len(entry)) for entry in pictures]
+        texts = [text] if isinstance(text, str) else list(text)
+        inputs = self.encode_text(texts, padding=padding, padding_side=padding_side, max_length=max_length)
+        if pictures is not None:
+            inputs["pixel_values"] = self._pixels_by_text(self._deal_out(pictures, texts))
+        return inputs
+
+    def encode_text(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool = True,
+        padding_side: str = "left",
+        max_length: int | None = None,
+    ) -> BatchFeature:
+        """Texts → input_ids, attention_mask, media_locations (B, T_txt)."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("the batch is empty: give at least one text")
+        rows = [self.tokenizer(one).input_ids[:max_length] for one in texts]
+        if not padding and len({len(row) for row in rows}) > 1:
+            raise ValueError("texts of unequal length need padding=True to stand in one tensor")
+        input_ids, attention_mask = self.pad(rows, padding_side)
+        return BatchFeature(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "media_locations": self.get_media_locations(input_ids),
+            }
+        )
+
+    def get_media_locations(self, input_ids: Tensor) -> Tensor:
+        """(B, T_txt) bool: where the <image> tokens are."""
+        return input_ids == self.media_token_id
+
+    def prepare_caption(self, caption: str) -> str:
+        """A caption as the model is trained on it: `<image> a dog<|endofchunk|>`."""
+        return f"{MEDIA_TOKEN} {caption.strip()}{EOC_TOKEN}"
+
+    def prepare_captions(self, captions: Sequence[str]) -> list[str]:
+        return [self.prepare_caption(caption) for caption in captions]
+
+    def remove_tags(self, text: str | Sequence[str]) -> str | list[str]:
+        """Text without <image>, <|endofchunk|> and other special tokens."""
+        if not isinstance(text, str):
+            return [self.remove_tags(one) for one in text]
+        for token in (MEDIA_TOKEN, EOC_TOKEN, *self.tokenizer.all_special_tokens):
+            text = text.replace(token, "")
+        return text.strip()
+
+    def preprocess_images(self, pictures: Image.Image | str | Path | Sequence) -> Tensor:
+        """N pictures (PIL or files) → (N, F=1, C, H, W)."""
+        pictures = [pictures] if _is_picture(pictures) else pictures
+        return torch.stack([self.image_processor(_opened(picture)) for picture in pictures])[:, None]
+
+    def batch_decode(self, sequences: Tensor, skip_special_tokens: bool = True, **options) -> list[str]:
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **options)
+
+    def decode(self, sequence: Tensor, skip_special_tokens: bool = True, **options) -> str:
+        return self.tokenizer.decode(sequence, skip_special_tokens=skip_special_tokens, **options)
+
+    def post_process_image_text_to_text(
+        self, generated: Tensor, skip_special_tokens: bool = True, **options
+    ) -> list[str]:
+        """What transformers' pipeline calls: generated ids → texts."""
+        return self.batch_decode(generated, skip_special_tokens=skip_special_tokens, **options)
+
+    def _deal_out(self, pictures: list, texts: list[str]) -> list[list]:
+        """The pictures of each text, as many as it has tags."""
+        tags = [text.count(MEDIA_TOKEN) for text in texts]
+        if all(not _is_picture(entry) for entry in pictures):
+            if len(pictures) != len(texts):
+                raise ValueError(f"pictures for {len(pictures)} texts, but {len(texts)} texts")
+            dealt = [list(entry) for entry in pictures]
+        else:
+            left, dealt = list(pictures), []
+            for count in tags:
+                dealt.append(left[:count])
+                left = left[count:]
+            dealt[-1] = dealt[-1] + left  # too many: said below, of the last text
+        for i, (count, own) in enumerate(zip(tags, dealt, strict=True)):
+            if count != len(own):
+                raise ValueError(f"text {i} has {count} {MEDIA_TOKEN} tags but {len(own)} pictures: give one for each")
+        return dealt
+
+    def _pixels_by_text(self, dealt: list[list]) -> Tensor:
+        rows = [self.preprocess_images(own) if own else None for own in dealt]  # (T, 1, C, H, W) each
+        shown = [row for row in rows if row is not None]
+        if not shown:
+            raise ValueError("there are pictures, but no text has an <image> tag")
+        pixels = shown[0].new_zeros(len(rows), max(map(len, shown)), *shown[0].shape[1:])
+        for i, row in enumerate(rows):
+            if row is not None:
+                pixels[i, : len(row)] = row
+        return pixels
+
+    # -------------------------------------------------------------------------- for training and evaluation
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode_chunks(self, chunks: Sequence[Chunk], *, open_end: bool = False) -> tuple[list[int], list[bool]]:
+        """A text → its token ids, and for each whether it belongs to a *prompt*: given, so that no loss is on it.
+
+        open_end: leave the last chunk without caption and <|endofchunk|>, for the model to finish.
+        """
+        ids, is_prompt = list(self.begin_ids), [True] * len(self.begin_ids)
+        for i, chunk in enumerate(chunks):
+            given = [self.media_token_id] if chunk.picture is not None else []
+            given += self._ids(f" {chunk.prompt}") if chunk.prompt else []
+            target = self._ids(f" {chunk.caption}") if chunk.caption else []
+            if chunk.picture is not None:
+                target = [*target, self.eoc_token_id]
+            if open_end and i == len(chunks) - 1:
+                target = []
+            ids += given + target
+            is_prompt += [True] * len(given) + [False] * len(target)
+        return ids, is_prompt
+
+    def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+        """Token ids of unequal length → input_ids and attention_mask (B, T_txt). Left for generation."""
+        length = max(len(row) for row in rows)
+        input_ids = torch.full((len(rows), length), self.pad_token_id)
+        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+            input_ids[i, where] = torch.tensor(row, dtype=torch.long)
+            attention_mask[i, where] = 1
+        return input_ids, attention_mask
+
+    def decode_captions(self, generated: Tensor, prompt_length: int) -> list[str]:
+        """What was generated after the prompt, up to <|endofchunk|>, without special tokens."""
+        captions = []
+        for row in generated[:, prompt_length:].tolist():
+            if self.eoc_token_id in row:
+                row = row[: row.index(self.eoc_token_id)]
+            captions.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
+        return captions
+
+
+def pad_image_index(rows: Sequence[Sequence[int]]) -> Tensor:
+    """The pictures of each text, as rows of the bank → image_index (B, T_img), -1 for an empty slot."""
+    index = torch.full((len(rows), max([1, *map(len, rows)])), -1)
+    for i, row in enumerate(rows):
+        index[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return index
+
+
+def _is_picture(value) -> bool:
+    return isinstance(value, (Image.Image, str, Path))
+
+
+def _opened(picture: Image.Image | str | Path) -> Image.Image:
+    """Raises InputError for a file that is no picture."""
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        with Image.open(picture) as opened:
+            return to_rgb(opened)
+    except OSError as error:
+        raise InputError(f"{picture} cannot be read as a picture ({type(error).__name__})") from error

@@ -1,0 +1,152 @@
+"""Pictures and prompts → captions, in batches: what training shows as it goes and evaluation scores."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
+from flamingo.model.vlm import Flamingo
+
+NEW_TOKENS = 32  # longest caption, in tokens
+CANDIDATES = 640  # answers scored at a time, over all texts: the logits of each need memory
+
+
+@torch.no_grad()
+def encode_and_pool(
+    model: Flamingo,
+    processor: FlamingoProcessor,
+    pictures: Sequence[Image.Image],
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """N pictures → the bank of their latents (N, n, d), and one unit vector for each, the mean of its features (N, d).
+
+    Encoded and resampled once, however often they are used. The vectors tell which pictures are alike.
+    """
+    device = next(model.vision_tokenizer.parameters()).device
+    latents, pooled = [], []
+    bar = tqdm(total=len(pictures), desc=progress, disable=progress is None, leave=False)
+    with autocast():
+        for first in range(0, len(pictures), batch_size):
+            pixels = processor.preprocess_images(pictures[first : first + batch_size]).to(device)
+            features = model.encode_images(pixels)  # (N, F, v, d)
+            latents.append(model.tokenize_images(features).float())
+            pooled.append(F.normalize(features.float().mean(dim=(1, 2)), dim=-1))
+            bar.update(len(pixels))
+    bar.close()
+    return torch.cat(latents), torch.cat(pooled)
+
+
+def encode_pictures(model: Flamingo, processor: FlamingoProcessor, pictures: Sequence[Image.Image], **how) -> Tensor:
+    """N pictures → the bank of their latents (N, n, d). how: see `encode_and_pool`."""
+    return encode_and_pool(model, processor, pictures, **how)[0]
+
+
+def _in_batches(
+    processor: FlamingoProcessor,
+    latents: Tensor,
+    texts: Sequence[Sequence[Chunk]],
+    batch_size: int,
+    progress: str | None,
+    answer: Callable[[Tensor, Tensor, dict], Sequence],
+) -> list:
+    """`answer(input_ids, attention_mask, pictures)` for texts that are to be continued, texts of like length together.
+
+    Each text's `Chunk.picture` are rows of the bank `latents`.
+    """
+    rows = [processor.encode_chunks(text, open_end=True)[0] for text in texts]
+    shown = [[chunk.picture for chunk in text if chunk.picture is not None] for text in texts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of one length need no padding
+    answers = [None] * len(rows)
+    bar = tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        input_ids, attention_mask = (t.to(latents.device) for t in processor.pad([rows[i] for i in chosen], "left"))
+        index = pad_image_index([shown[i] for i in chosen])
+        pictures = {"latents": latents, "image_index": index.to(latents.device)}
+        for i, value in zip(chosen, answer(input_ids, attention_mask, pictures), strict=True):
+            answers[i] = value
+        bar.update(len(chosen))
+    bar.close()
+    return answers
+
+
+@torch.no_grad()
+def continue_texts(
+    model: Flamingo,
+    processor: FlamingoProcessor,
+    latents: Tensor,
+    texts: Sequence[Sequence[Chunk]],
+    *,
+    blind: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    batch_size: int = 128,
+    progress: str | None = None,
+    **generation_options,
+) -> list[str]:
+    """What the model says at the end of each text, whose last chunk has a picture and a prompt but no caption.
+
+    Args:
+        latents: (N, n, d) the bank. texts: `Chunk.picture` is a row of the bank.
+        blind: take the pictures away (a control).
+        autocast: makes the arithmetic's context. progress: title of a progress bar, none if not given.
+        generation_options: see `Flamingo.generate`.
+    """
+    options = {"max_new_tokens": NEW_TOKENS} | generation_options
+
+    def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> list[str]:
+        with autocast():
+            generated = model.generate(input_ids, attention_mask, **({"blind": True} if blind else pictures), **options)
+        return processor.decode_captions(generated, input_ids.shape[1])
+
+    return _in_batches(processor, latents, texts, batch_size, progress, answer)
+
+
+@torch.no_grad()
+def score_answers(
+    model: Flamingo,
+    processor: FlamingoProcessor,
+    latents: Tensor,
+    texts: Sequence[Sequence[Chunk]],
+    answers: Sequence[str],
+    *,
+    blind: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Tensor:
+    """The log-likelihood of each of K answers, with its <|endofchunk|>, at the end of each of B texts: (B, K), nats.
+
+    The end counts: without it "a fire" would always be at least as likely as "a fireplace". blind: take the pictures
+    away (a control).
+    """
+    begin = len(processor.begin_ids) + 1  # and <image>: what follows is the answer as the model is trained to say it
+    ids = [processor.encode_chunks([Chunk(0, "", text)])[0][begin:] for text in answers]
+
+    def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> Tensor:
+        with autocast():
+            shown = {"blind": True} if blind else pictures
+            return model.score_sequences(input_ids, ids, attention_mask, **shown).float().cpu()
+
+    batch_size = max(1, min(batch_size, CANDIDATES // len(answers)))
+    return torch.stack(_in_batches(processor, latents, texts, batch_size, progress, answer))
+
+
+def caption(
+    model: Flamingo,
+    processor: FlamingoProcessor,
+    latents: Tensor,
+    prompts: Sequence[str],
+    **how,
+) -> list[str]:
+    """One caption for each picture of the bank (N, n, d). prompts: what follows <image>, such as a style's cue; may be
+    empty. how: see `continue_texts`."""
+    texts = [[Chunk(i, prompt)] for i, prompt in enumerate(prompts)]
+    return continue_texts(model, processor, latents, texts, **how)

@@ -1,0 +1,90 @@
+"""The model under examination: it holds one bank of pictures and answers about them.
+
+What this file teaches: an evaluation asks about the same pictures again and again (with a cue, without, as an example
+for others). So all pictures are put into one bank first; it is encoded once, when the first answer is needed.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from PIL import Image
+from torch import Tensor
+
+from flamingo.data.processor import Chunk, FlamingoProcessor
+from flamingo.errors import InputError
+from flamingo.evaluation import captioning
+from flamingo.fast.precision import autocast
+from flamingo.model.vlm import Flamingo
+
+
+class Predictor:
+    """dtype: arithmetic of the run, float32 or bfloat16."""
+
+    def __init__(self, model: Flamingo, processor: FlamingoProcessor, dtype: str = "float32"):
+        self.model, self.processor, self.dtype = model, processor, dtype
+        self.device = next(model.vision_tokenizer.parameters()).device
+        self.pictures: list[Image.Image] = []
+
+    def add(self, pictures: Sequence[Image.Image]) -> list[int]:
+        """Put pictures into the bank → their rows. Raises RuntimeError once the bank has been encoded."""
+        if "_encoded" in self.__dict__:
+            raise RuntimeError("the bank is encoded already: add all pictures first")
+        first = len(self.pictures)
+        self.pictures += pictures
+        return list(range(first, len(self.pictures)))
+
+    def autocast(self):
+        return autocast(self.device, self.dtype)
+
+    @cached_property
+    def _encoded(self) -> tuple[Tensor, Tensor]:
+        return captioning.encode_and_pool(
+            self.model, self.processor, self.pictures, autocast=self.autocast, progress="encoding pictures"
+        )
+
+    @property
+    def latents(self) -> Tensor:
+        """(N, n, d) the bank."""
+        return self._encoded[0]
+
+    @property
+    def pooled(self) -> Tensor:
+        """(N, d) a unit vector for each picture: the mean of its patch features."""
+        return self._encoded[1]
+
+    def predict(self, texts: Sequence[Sequence[Chunk]], title: str, *, blind: bool = False) -> list[str]:
+        """How the model ends each text; `Chunk.picture` are rows of the bank."""
+        return captioning.continue_texts(
+            self.model, self.processor, self.latents, texts, blind=blind, autocast=self.autocast, progress=title
+        )
+
+    def choose(
+        self, texts: Sequence[Sequence[Chunk]], answers: Sequence[str], title: str, *, blind: bool = False
+    ) -> Tensor:
+        """Log-likelihood of each answer at the end of each text, (B, K)."""
+        return captioning.score_answers(
+            self.model, self.processor, self.latents, texts, answers, blind=blind, autocast=self.autocast,
+            progress=title,
+        )  # fmt: skip
+
+    def length(self, chunk: Chunk) -> int:
+        """Tokens of a finished chunk."""
+        return len(self.processor.encode_chunks([chunk])[0]) - len(self.processor.begin_ids)
+
+    def check_room(self, shots: int, examples: Sequence[Chunk], queries: Sequence[Chunk]) -> None:
+        """Raises InputError, naming the number that fits, if the longest examples could leave no room for an answer."""
+        positions = self.model.lang_encoder.max_positions
+        if positions is None:
+            return
+        room = positions - captioning.NEW_TOKENS - len(self.processor.begin_ids) - max(map(self.length, queries))
+        fit = 0
+        for length in sorted(map(self.length, examples), reverse=True):
+            room -= length
+            if room < 0:
+                break
+            fit += 1
+        if shots > fit:
+            raise InputError(
+                f"--shots {shots} does not fit: the language model has {positions} positions, "
+                f"enough for {fit} of these examples; ask for at most {fit} shots"
+            )

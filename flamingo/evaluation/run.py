@@ -1,0 +1,298 @@
+"""The whole examination: plan it, carry it out, print it. What `evaluation.json` holds is listed here.
+
+n, exact_match, exact_match_blind, exact_match_shuffled, exact_match_novel
+                        plain numbers; case and spaces do not count (novel: null on captioned sets)
+by_objects              number of drawn things (captioned sets: of pictures) → n and the exact matches
+novel                   the scenes of novel objects: n, exact_match, by_objects, metrics (not on captioned sets)
+metrics                 name → {value, low, high, n, scale}; low and high are the 95 % interval over pictures
+controls                blind, shuffled, constant, copy_demo → metrics
+looks, verdict          does it look: true or false, and in a sentence; headline_metric: by which score
+gain                    control → {value, low, high}: score minus control, paired by picture
+exact_match_style_given, exact_match_novel_style_given
+                        classroom: of the few-shot queries, no examples, but the style named by its cue
+shots                   "0", "1", … → exact_match, exact_match_novel (null on captioned sets), text_only_demos, each
+                        with …_spread (standard deviation over trials) and …_interval (95 %, over queries); n,
+                        trials; captioned sets also cider_d, cider_d_text_only_demos
+few_shot                how examples were chosen: demos, zero_shot, template, trials, support (how many to draw from)
+questions               classroom and sets with questions: shots: "0", "1", … → exact match of answers, as in shots.
+                        On sets: n, left_out (no text); matches in VQAv2's form of answers; if several people answered
+                        each question, vqa_accuracy, …_text_only_demos; at 0 shots blind, vqa_accuracy_blind: the
+                        picture taken away
+classification, classification_novel
+                        classroom and sets with labels (not novel): the same for "which of these is it?", by
+                        likelihood; chance, names (how many)
+fast_binding            classroom: accuracy, low, high, n, chance; novel: the same for novel objects
+attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no name said)
+attention               chance, n, pictures; examples: {item, word, grid} as shown in the report
+examples                every item: prompt, said, true (one right caption), right, score (CIDEr-D of this picture)
+data, split, arguments  what was asked;   seconds, seconds_by_part (a part that was kept from before takes none)
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from flamingo.classroom import scenes
+from flamingo.errors import InputError
+from flamingo.evaluation import attention, controls
+from flamingo.evaluation.answer_tasks import answer_results, answers_sentence, classes_of_set, questions_of_set
+from flamingo.evaluation.few_shot import (
+    FewShot,
+    Task,
+    captioning_task,
+    check_shots,
+    curve,
+    few_shot_columns,
+    questions_task,
+)
+from flamingo.evaluation.metrics import cider_d, exact_match
+from flamingo.evaluation.parts import Parts
+from flamingo.evaluation.predictor import Predictor
+from flamingo.evaluation.ptb import ptb_tokens
+from flamingo.evaluation.single_objects import (
+    Episode,
+    add_single_objects,
+    binding_episodes,
+    classification_task,
+    fast_binding,
+)
+from flamingo.evaluation.test_set import EvaluationSet
+
+CLASSROOM_SHOTS, SET_SHOTS = (0, 1, 2, 4, 8), (0, 2, 4)
+FEWER = 100  # questions, classifications: queries for each number of shots
+NAMES, SCENES_OF_A_NAME = 20, 6  # to choose among in classification; each shown on this many grounds
+EPISODES = 200  # of fast binding
+LOOKED_AT = {True: 200, False: 32}  # pictures whose attention is worked out: in the classroom, of a captioned set
+
+
+@dataclass
+class Plan:
+    """All that will be asked. rows, novel_rows: the items' pictures in the bank. how: None leaves few-shot out."""
+
+    test_set: EvaluationSet
+    seed: int
+    rows: list[int]
+    novel_rows: list[int]
+    how: FewShot | None
+    template: str
+    tasks: dict[str, Task]
+    episodes: dict[str, list[Episode]]
+
+
+def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace) -> Plan:
+    """Put every picture into the bank and every question on the list.
+
+    Raises InputError for shots that there are too few pictures or positions for.
+    """
+    rows = predictor.add([item.picture for item in test_set.items])
+    novel_rows = predictor.add([item.picture for item in test_set.novel])
+    shots = args.shots
+    if shots is None:  # as many of the usual numbers as there are pictures for
+        usual = CLASSROOM_SHOTS if test_set.classroom else SET_SHOTS
+        shots = [k for k in usual if k < len(test_set.support)]
+    result = Plan(test_set, args.seed, rows, novel_rows, None, args.template, {}, {})
+    if not shots:
+        return result
+    trials = args.trials if args.demos == "random" else 1  # the most similar are the same in every draw
+    how = FewShot(shots, trials, args.demos, args.zero_shot, args.seed)
+    if max(shots) > len(test_set.support):
+        raise InputError(
+            f"--shots {max(shots)} asks for more examples than there are pictures to draw them from: {test_set.source} "
+            f"has {len(test_set.support)}"
+        )
+    support = predictor.add([item.picture for item in test_set.support])
+    n = min(args.queries, len(test_set.items))
+    few = [test_set, support, args.template]
+    tasks = {"captions": captioning_task("captions", test_set.items[:n], rows[:n], *few)}
+    fewer = min(n, FEWER)
+    if test_set.classroom:
+        novel = min(n, len(test_set.novel))
+        tasks["captions_novel"] = captioning_task("captions (novel)", test_set.novel[:novel], novel_rows[:novel], *few)
+        tasks["questions"] = questions_task(test_set.items[:fewer], rows[:fewer], test_set, support, args.seed)
+        for kind, split in (("", "train"), ("_novel", "novel")):  # one object is no pair: new in every split
+            singles = add_single_objects(predictor, split, args.seed, NAMES, SCENES_OF_A_NAME)
+            tasks[f"classification{kind}"] = classification_task(f"classification{kind}", singles, fewer)
+            result.episodes[f"fast binding{kind}"] = binding_episodes(singles, min(EPISODES, n), args.seed)
+    else:
+        asked = (questions_of_set(test_set, rows, support, args.queries, args.seed),
+                 classes_of_set(test_set, rows, support, fewer, args.template))  # fmt: skip
+        tasks |= {task.name: task for task in asked if task}
+    result.how, result.tasks = _that_fit(how, tasks, predictor, asked=args.shots is not None), tasks
+    return result
+
+
+def _that_fit(how: FewShot, tasks: dict[str, Task], predictor: Predictor, asked: bool) -> FewShot:
+    """Raises InputError if the shots do not fit and were asked for; of the usual ones those that do are kept."""
+    try:
+        for task in tasks.values():
+            check_shots(task, how, predictor)
+    except InputError:
+        if asked or len(how.shots) == 1:
+            raise
+        return _that_fit(replace(how, shots=how.shots[:-1]), tasks, predictor, asked)
+    return how
+
+
+def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
+    """Ask everything → what evaluation.json holds, but for the last two lines above."""
+    test_set, took = todo.test_set, {}
+
+    def timed(name: str, work: Callable):
+        began = time.time()
+        value = work()
+        took[name] = round(time.time() - began, 2)
+        return value
+
+    predictions = timed("captions and controls", lambda: controls.answer_all(
+        predictor, parts, test_set, todo.rows, todo.novel_rows, todo.seed))  # fmt: skip
+    result = timed("scores", lambda: controls.score_with_controls(test_set, predictions, todo.seed))
+    result |= timed("few-shot", lambda: few_shot_results(todo, predictions, predictor, parts))
+    result |= timed(
+        "attention", lambda: parts.keep("attention", lambda: attention_results(todo, predictions, predictor))
+    )
+    result["examples"] = [
+        {"prompt": item.prompt, "said": text, "true": item.truths[0], "right": bool(right), "score": float(score)}
+        for item, text, right, score in zip(
+            test_set.items, predictions["own"], *_per_picture(test_set, predictions["own"]), strict=True
+        )
+    ]
+    settings = {"seed": todo.seed, "queries": len(todo.tasks["captions"].queries) if todo.tasks else 0}
+    return result | {"data": test_set.source, "split": test_set.split, "arguments": settings, "seconds_by_part": took}
+
+
+def _per_picture(test_set: EvaluationSet, captions: list[str]):
+    truths = [item.truths for item in test_set.items]
+    references = [[ptb_tokens(text) for text in texts] for texts in truths]
+    return exact_match(captions, truths), cider_d([ptb_tokens(text) for text in captions], references)
+
+
+def few_shot_results(todo: Plan, predictions: dict[str, list[str]], predictor: Predictor, parts: Parts) -> dict:
+    """The keys from `exact_match_style_given` to `fast_binding`."""
+    test_set, how, tasks = todo.test_set, todo.how, todo.tasks
+    if how is None:
+        return {"shots": {}}
+    shots = curve(tasks["captions"], how, predictor, parts)
+    novel = curve(tasks["captions_novel"], how, predictor, parts, text_only=False) if test_set.classroom else {}
+    names = ("exact_match", "exact_match_spread", "exact_match_interval")
+    for k, row in shots.items():
+        row |= {name.replace("match", "match_novel"): novel[k][name] if novel else None for name in names}
+    result = {
+        "shots": shots,
+        "few_shot": {
+            "demos": how.demos, "zero_shot": how.zero_shot, "template": todo.template, "trials": how.trials,
+            "support": len(test_set.support),
+        },
+    }  # fmt: skip
+    if not test_set.classroom:
+        return result | answer_results(test_set, tasks, lambda task: curve(task, how, predictor, parts, blind=True))
+    given = {"exact_match_style_given": (predictions["own"], test_set.items, "captions"),
+             "exact_match_novel_style_given": (predictions["novel"], test_set.novel, "captions_novel")}  # fmt: skip
+    for name, (captions, items, task) in given.items():
+        n = len(tasks[task].queries)
+        result[name] = float(exact_match(captions[:n], [item.truths for item in items[:n]]).mean())
+    result["questions"] = {"shots": curve(tasks["questions"], how, predictor, parts)}
+    for name in ("classification", "classification_novel"):
+        task = tasks[name]
+        table = curve(task, how, predictor, parts, text_only=name == "classification")
+        result[name] = {"chance": task.chance, "names": len(task.answers), "shots": table}
+    result["fast_binding"] = fast_binding(predictor, parts, todo.episodes["fast binding"], "fast binding")
+    result["fast_binding"]["novel"] = fast_binding(
+        predictor, parts, todo.episodes["fast binding_novel"], "fast binding (novel)"
+    )
+    return result
+
+
+def attention_results(todo: Plan, predictions: dict[str, list[str]], predictor: Predictor) -> dict:
+    """`attention_hit_rate` and `attention`. These pictures are encoded once more: the resampler must be watched."""
+    test_set = todo.test_set
+    items, captions = (
+        test_set.items[: LOOKED_AT[test_set.classroom]],
+        predictions["own"][: LOOKED_AT[test_set.classroom]],
+    )
+    looks = attention.word_looks(
+        predictor.model, predictor.processor, [item.picture for item in items], [item.prompt for item in items],
+        captions, autocast=predictor.autocast,
+    )  # fmt: skip
+    hits = {"attention_hit_rate": None, "chance": None, "n": 0}
+    if test_set.classroom:
+        hits = attention.hit_rate(looks, [item.scene for item in items])
+    names = {form for name in scenes.OBJECTS for form in (name, scenes.plural(name))}
+    telling = [look for look in looks if (look.word in names if test_set.classroom else len(look.word) > 3)]
+    shown, words_of = [], {}
+    for look in telling:
+        count = words_of.get(look.picture, 0)
+        if count < 3 and (look.picture in words_of or len(words_of) < 4):
+            words_of[look.picture] = count + 1
+            grid = [[round(value, 5) for value in row] for row in look.grid.tolist()]
+            shown.append({"item": look.picture, "word": look.word, "grid": grid})
+    return {
+        "attention_hit_rate": hits["attention_hit_rate"],
+        "attention": {"chance": hits["chance"], "n": hits["n"], "pictures": len(items), "examples": shown},
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- print
+def print_result(result: dict, examples: int) -> None:
+    """The table beside its controls, few-shot, and some captions."""
+    print_table(result)
+    print(result["verdict"])
+    if result["shots"]:
+        print_few_shot(result)
+    if result["attention_hit_rate"] is not None:
+        print(
+            f"attention peaks on the thing named: {result['attention_hit_rate']:.3f} "
+            f"(chance {result['attention']['chance']:.3f}, n = {result['attention']['n']} names)"
+        )
+    for example in result["examples"][:examples]:
+        mark = "right" if example["right"] else "WRONG"
+        true = "" if example["right"] else f"  true: {example['true']!r}"
+        print(f"  {mark}  {example['prompt']} {example['said']!r}{true}".replace("  '", " '"))
+
+
+def print_table(result: dict) -> None:
+    """Exact match by number of objects, then every metric beside its controls, with intervals and scales."""
+    groups = ["all", *result["by_objects"]]
+    print(f"exact match, n = {result['n']}")
+    print(f"{'':24}" + "".join(f"{name:>12}" for name in groups))
+    for name in ("exact_match", "exact_match_blind", "exact_match_shuffled"):
+        cells = [result[name], *(group[name] for group in result["by_objects"].values())]
+        print(f"{name:24}" + "".join(f"{cell:12.3f}" for cell in cells))
+    if result["exact_match_novel"] is not None:
+        novel = result["novel"]
+        cells = [novel["exact_match"], *(novel["by_objects"].get(g, {}).get("exact_match") for g in groups[1:])]
+        row = "".join(" " * 11 + "–" if cell is None else f"{cell:12.3f}" for cell in cells)
+        print(f"{'exact_match_novel':24}{row}   (n = {novel['n']})")
+    print(f"\n{'':20}{'score':>8}{'95 % interval':>18}" + "".join(f"{name:>11}" for name in result["controls"]))
+    for name, score in result["metrics"].items():
+        interval = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+        others = "".join(f"{control[name]['value']:11.3f}" for control in result["controls"].values())
+        print(f"{name:20}{score['value']:8.3f}{interval:>18}{others}   {score['scale']}")
+    print()
+
+
+def print_few_shot(result: dict) -> None:
+    """One row for each number of shots: mean ± spread over trials."""
+    columns = few_shot_columns(result)
+    way = result["few_shot"]
+    print(f"\nfew-shot: examples {way['demos']}, mean ± spread of {way['trials']} draws; 0 shots: {way['zero_shot']}")
+    print("shots" + "".join(f"{title.removesuffix('_demos'):>24}" for title, _, _ in columns))
+    for k in result["shots"]:
+        cells = [(table[k][score], table[k][f"{score}_spread"]) for _, table, score in columns]
+        print(f"{k:>5}" + "".join(f"{value:16.3f} ± {spread:.3f}" for value, spread in cells))
+    if words := answers_sentence(result):
+        print(words)
+    if "exact_match_style_given" in result:
+        print(
+            f"style named by its cue, no example: {result['exact_match_style_given']:.3f}, "
+            f"novel {result['exact_match_novel_style_given']:.3f}; "
+            f"guessing which one: {result['classification']['chance']:.3f}, "
+            f"novel {result['classification_novel']['chance']:.3f}"
+        )
+    if "fast_binding" in result:
+        bound = result["fast_binding"]
+        print(
+            f"fast binding: {bound['accuracy']:.3f} [{bound['low']:.3f}, {bound['high']:.3f}], novel "
+            f"{bound['novel']['accuracy']:.3f} (chance {bound['chance']}, n = {bound['n']})"
+        )
+    print()

@@ -1,0 +1,28 @@
+"""Gradient checkpointing: forget what a layer computed, and compute it again going backward.
+
+Replaces: `FlamingoLayer.forward`, which keeps what its backward pass needs. Less memory, a third more time.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flamingo.model.language_model import extend_instance
+from flamingo.model.vlm import VisionLanguageModel
+
+
+class CheckpointedMixin:
+    """For a `FlamingoLayer`."""
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        if not (self.is_conditioned and torch.is_grad_enabled()):
+            return super().forward(hidden_states, *args, **kwargs)
+        # By the time the backward pass comes here again the conditioning is gone: it is handed over, not looked up.
+        seen = (self.media_keys_values(), self.media_mask)
+        return checkpoint(self.cross_attend_then_decode, hidden_states, *seen, *args, use_reentrant=False, **kwargs)
+
+
+def checkpoint_layers(model: VisionLanguageModel) -> None:
+    """Every decoder layer with its cross-attention. In place."""
+    for layer in model.lang_encoder._get_decoder_layers():
+        extend_instance(layer, CheckpointedMixin)

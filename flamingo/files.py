@@ -1,0 +1,84 @@
+"""Files that are whole or absent, and where things are. (Imports nothing heavy: `--help` needs it.)"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from flamingo.errors import InputError
+
+
+def asset(name: str) -> Path:
+    """A file of the repository's assets/ folder, from a checkout or from an installed package."""
+    here = Path(__file__).resolve().parent
+    return next((folder / name for folder in (here / "assets", here.parent / "assets") if folder.is_dir()), here / name)
+
+
+def resolve(name: str) -> str:
+    """`asset:classroom/opt` → where that is on this machine; other names as they are. So a run folder can be moved."""
+    return str(asset(name.removeprefix("asset:"))) if name.startswith("asset:") else name
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, then put it in place in one step: a kill or a full disk leaves the old file or
+    none. Raises InputError when the disk is full or the folder cannot be written; nothing is left behind then."""
+    from safetensors import SafetensorError
+
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}. Free some space or choose another folder") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run folder. Raises InputError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} is no finished run: it has no {path.name}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+def find_folder(name: str | Path, hub_options: dict) -> Path:
+    """A folder, or the local copy of a hub repository. Raises InputError when there is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    known = ("revision", "token", "cache_dir", "local_files_only")
+    options = {key: hub_options[key] for key in known if hub_options.get(key) is not None}
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt"], **options))
+    except (OSError, ValueError, HFValidationError) as error:  # no network, no such repository, no such name
+        raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached") from error
+
+
+def fingerprint(module) -> str:
+    """16 hex digits that tell one set of weights from another: a hash of names, shapes and 64 values per tensor."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().flatten()
+        count = min(64, len(flat))
+        # In whole numbers: float32 cannot count the 39 million values of OPT-125m's word vectors.
+        picked = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(picked.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,167 @@
+"""The two frozen backbones, by name, and the model around them.
+
+What this file teaches: where a Flamingo's frozen halves come from. A vision encoder is named
+
+    ViT-L-14-quickgelu:openai          open_clip name : pretrained tag
+    hf-hub:…   local-dir:…             open_clip, towers of its own or of timm
+    openai/clip-vit-base-patch32       a Hugging Face CLIP, id or folder
+    asset:classroom/clip               what this repository brings along
+
+and a language model by Hugging Face id, folder or `asset:…`. A missing weight file never becomes a random encoder.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flamingo.config import ModelConfig
+from flamingo.data.preprocess import Preprocess
+from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
+from flamingo.errors import InputError
+from flamingo.files import fingerprint, resolve
+from flamingo.interop import compat
+from flamingo.model.build import build_from_parts
+from flamingo.model.vision import HuggingFaceClipEncoder, OpenClipEncoder, VisionEncoder
+from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
+
+
+# --------------------------------------------------------------------------------------------- the vision encoder
+def _quick_gelu_must_match(model_name: str, pretrained: str) -> None:
+    """open_clip only warns when weights trained with QuickGELU meet a model without it; the features are wrong then."""
+    trained_with, computes = compat.trained_with_quick_gelu(model_name, pretrained)
+    if trained_with != computes:
+        other = f"{model_name}-quickgelu" if trained_with else model_name.removesuffix("-quickgelu")
+        what = "with" if trained_with else "without"
+        raise InputError(f"the weights {pretrained} were trained {what} QuickGELU: ask for {other}:{pretrained}")
+
+
+def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
+    import open_clip
+
+    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+    if folder and not (folder / "open_clip_config.json").is_file():
+        raise InputError(f"{folder} is no open_clip folder: it has no open_clip_config.json")
+    model_name, pretrained = name, None
+    if not name.startswith(("hf-hub:", "local-dir:")):
+        model_name, _, pretrained = name.partition(":")
+        known = open_clip.list_pretrained_tags_by_model(model_name)
+        if model_name not in open_clip.list_models():
+            raise InputError(f"open_clip has no model named {model_name!r}: see open_clip.list_models()")
+        if pretrained not in known and not Path(pretrained).is_file():
+            raise InputError(
+                f"{model_name} has no weights {pretrained!r}: choose one of {', '.join(known) or '(none)'}"
+            )
+        _quick_gelu_must_match(model_name, pretrained)
+    try:
+        with compat.quiet_open_clip():
+            clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the config of {name} is not JSON: {error}") from error
+    except Exception as error:  # missing weights, no network, a wrong file: open_clip has no exception of its own
+        raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
+    preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
+    return OpenClipEncoder(clip.visual, name, preprocess, norm, class_token)  # the text tower is dropped
+
+
+def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    try:
+        tower = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
+        processor = CLIPImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
+
+    preprocess = Preprocess({"library": "transformers", **json.loads(processor.to_json_string())})
+    return HuggingFaceClipEncoder(tower, name, preprocess, norm, class_token)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = False) -> VisionEncoder:
+    """Load a frozen encoder by name (see the top of this file).
+
+    norm: features after the tower's final norm; False reproduces what open_flamingo and flamingo-mini were trained
+    on (the option `vision_feature_norm`).
+    class_token: keep the class token, as the first of the v, as flamingo-mini does (the option `vision_class_token`).
+
+    Raises InputError when the name is unknown, the weights are missing, QuickGELU does not match, or a class token is
+    asked of a tower that has none.
+    """
+    if name.startswith("asset:"):
+        return _load_open_clip(f"local-dir:{resolve(name)}", norm, class_token)
+    if name.startswith(("hf-hub:", "local-dir:")) or (":" in name and "/" not in name.partition(":")[0]):
+        return _load_open_clip(name, norm, class_token)
+    if "/" not in name and not Path(name).is_dir():
+        raise InputError(
+            f"cannot tell what vision encoder {name!r} is: write NAME:PRETRAINED for open_clip "
+            "(ViT-L-14-quickgelu:openai), hf-hub:…, local-dir:…, or a Hugging Face CLIP id or folder"
+        )
+    return _load_hugging_face_clip(name, norm, class_token)
+
+
+# ---------------------------------------------------------------------------------------------- the language model
+def load_language_model(name: str):
+    """A causal language model in float32 and its tokenizer, by Hugging Face id, folder, or `asset:…`.
+
+    Raises InputError when either cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for a file that loads in a second only hides what matters
+    try:
+        folder_or_id = resolve(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
+        # The library's default dtype is that of the file: OPT would come as float16.
+        lm = AutoModelForCausalLM.from_pretrained(folder_or_id, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the language model {name}: {_first_line(error)}") from error
+    return lm, tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------- all of it
+class Built(NamedTuple):
+    """config: the one it was built from, with the widths and fingerprints that were found."""
+
+    model: VisionLanguageModel
+    processor: FlamingoProcessor
+    config: ModelConfig
+
+
+def build_flamingo(config: ModelConfig) -> Built:
+    """A model with fresh trained parts (seed torch first), and the processor that belongs to it.
+
+    Raises InputError when a backbone cannot be loaded, has another width than the config says, or other weights than
+    the config's fingerprint; or a library is too old or new.
+    """
+    compat.check_versions()
+    vision, language = config.vision, config.language
+    encoder = load_vision_encoder(vision.name, norm=vision.feature_norm, class_token=vision.class_token)
+    lm, tokenizer = load_language_model(language.name)
+    found = dataclasses.replace(
+        config,
+        vision=_as_found("dim_visual", vision, encoder.dim, encoder.fingerprint),
+        language=_as_found("dim", language, lm.config.hidden_size, fingerprint(lm)),
+    )
+    add_flamingo_tokens(tokenizer)
+    processor = FlamingoProcessor(tokenizer, encoder.preprocess)
+    tokens = SpecialTokens(processor.media_token_id, processor.eoc_token_id, processor.pad_token_id)
+    return Built(build_from_parts(found, encoder, lm, tokens, encoder.dim), processor, found)
+
+
+def _as_found(what: str, part, dim: int, weights: str):
+    """A backbone's config with its width and the fingerprint of its weights, which may not contradict it."""
+    if part.dim not in (None, dim):
+        raise InputError(f"the config says {what}={part.dim}, but the backbone has {dim}: leave {what} out")
+    if part.fingerprint not in (None, weights):
+        raise InputError(
+            f"this model was trained with other weights than {part.name} has now "
+            f"(fingerprint {part.fingerprint}, found {weights}): point at the weights it was trained with"
+        )
+    return dataclasses.replace(part, dim=dim, fingerprint=weights)

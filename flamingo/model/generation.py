@@ -1,0 +1,119 @@
+"""What a trained model is used for: to continue texts, and to say how likely each of several continuations is.
+
+Both lay the pictures beside the text once, by the model's fusion, and then leave the work to the language model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from flamingo.interop import compat
+
+
+class TextGeneration:
+    """Methods of a `VisionLanguageModel` (vlm.py)."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        media_locations: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        latents: Tensor | None = None,
+        image_index: Tensor | None = None,
+        texts_per_image: int | None = None,
+        blind: bool = False,
+        **generation_options,
+    ) -> Tensor:
+        """Continue texts: (B, T_txt) → (B, longer), the prompt included. Prompts are padded on the left.
+
+        pixel_values … blind: see `prepare_images`.
+        generation_options: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, …). A text ends
+        at <|endofchunk|>; <image> and padding are never generated.
+
+        Raises ValueError before the first step if prompt and new tokens need more positions than there are.
+        """
+        options = {
+            "eos_token_id": self.eoc_token_id,
+            "pad_token_id": self.pad_token_id,
+            "suppress_tokens": sorted({self.media_token_id, self.pad_token_id}),
+        } | generation_options
+        if "generation_config" not in options:  # which says for itself how to choose and how long to go on
+            options.setdefault("do_sample", False)
+            if "max_length" not in options:
+                options.setdefault("max_new_tokens", 32)
+        self.check_room(input_ids.shape[1] + (options.get("max_new_tokens") or 0))
+        images = self.prepare_images(pixel_values, features, latents, image_index, texts_per_image, blind)
+        with self.reading(images, input_ids, attention_mask, media_locations, generating=True) as text:
+            return self.lang_encoder.generate(**text.inputs(), **options)
+
+    def check_room(self, length: int) -> None:
+        """Raises ValueError if the language model has fewer positions than `length`."""
+        positions = compat.max_positions(self.lang_encoder)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"prompt and new tokens need {length} positions, the language model has {positions}: shorten the "
+                "prompt, give fewer examples, or lower max_new_tokens"
+            )
+
+    @torch.no_grad()
+    def score_sequences(
+        self,
+        input_ids: Tensor,
+        candidates: Sequence[Sequence[int]],
+        attention_mask: Tensor | None = None,
+        *,
+        media_locations: Tensor | None = None,
+        mean: bool = False,
+        **images,
+    ) -> Tensor:
+        """Log-likelihood of each candidate as the continuation of each text: (B, K) in nats.
+
+        (flamingo-mini has such a method; the use for classification is OpenFlamingo's.)
+
+        Args:
+            input_ids, attention_mask: (B, T_txt) prompts, padded on the left.
+            candidates: K lists of token ids, the same for each text.
+            mean: per token instead of the sum, so that long candidates are not at a disadvantage.
+            images: see `prepare_images`.
+        """
+        lm, texts, count = self.lang_encoder, len(input_ids), len(candidates)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        length = max(map(len, candidates))
+        self.check_room(input_ids.shape[1] + length)
+        ids = torch.full((count, length), self.pad_token_id, device=input_ids.device)
+        real = torch.zeros(count, length, dtype=attention_mask.dtype, device=input_ids.device)
+        for k, candidate in enumerate(candidates):
+            ids[k, : len(candidate)] = torch.as_tensor(candidate, device=ids.device)
+            real[k, : len(candidate)] = 1
+        ids, real = ids.repeat(texts, 1), real.repeat(texts, 1)  # (B·K, L): all candidates of a text side by side
+        images = self.prepare_images(**images)
+        with self.reading(images, input_ids, attention_mask, media_locations, generating=True) as text:
+            read = lm(**text.inputs(), use_cache=True, **positions_of(lm, text.attention_mask))
+            cache = compat.cache_of(read)
+            cache.batch_repeat_interleave(count)
+            whole_mask = torch.cat([text.attention_mask.repeat_interleave(count, dim=0), real], dim=1)
+            positions = positions_of(lm, whole_mask, last=length)
+            continued = lm(
+                input_ids=ids, attention_mask=whole_mask, **compat.cache_argument(lm, cache), **positions
+            ).logits
+        before = read.logits[:, -1:].repeat_interleave(count, dim=0)
+        logits = torch.cat([before, continued[:, :-1]], dim=1).float()  # (B·K, L, vocabulary): what comes next
+        chosen = -F.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * real
+        total = chosen.sum(dim=1) / (real.sum(dim=1) if mean else 1)
+        return rearrange(total, "(B K) -> B K", K=count)
+
+
+def positions_of(lm: torch.nn.Module, attention_mask: Tensor, last: int | None = None) -> dict[str, Tensor]:
+    """{"position_ids": (B, T_txt)} for texts padded on the left, of the `last` tokens if given; empty for models that
+    have no such argument. (`generate` does this by itself, and models that learn positions need it.)"""
+    if not compat.takes_position_ids(lm):
+        return {}
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"position_ids": positions if last is None else positions[:, -last:]}

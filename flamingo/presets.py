@@ -1,0 +1,44 @@
+"""Recipes: which backbones, which shape, which training. (Imports nothing heavy: `--help` needs it.)"""
+
+from flamingo.config import ModelConfig, TrainingOptions, parse_setting, with_settings
+
+_LARGE_TRAINING = {
+    "data": "jxie/flickr8k", "steps": 3000, "batch_size": 32, "lr": 3e-4, "gate_lr": 0.01, "warmup_steps": 200,
+    "eval_every": 250, "workers": 4, "max_tokens": 64,
+}  # fmt: skip
+
+# What a preset changes: in ModelConfig ("model", by dotted name) and in TrainingOptions ("training").
+PRESETS = {
+    "classroom": {
+        "model": {
+            "language.name": "asset:classroom/opt", "vision.name": "asset:classroom/clip",
+            "tokenizer.depth": 2, "tokenizer.heads": 6, "tokenizer.dim_head": 32, "tokenizer.num_latents": 16,
+            "tokenizer.ff_mult": 2, "tokenizer.init_gain": 10.0, "tokenizer.query_gain": 3.0,
+            "tokenizer.latents_std": 0.5,
+            "fusion.heads": 6, "fusion.dim_head": 32, "fusion.ff_mult": 2, "fusion.init_gain": 5.0,
+        },
+        "training": {"steps": 720, "batch_size": 32, "lr": 3e-3, "eval_every": 240, "eval_batches": 4},
+    },
+    "opt-125m": {
+        "model": {
+            "language.name": "facebook/opt-125m", "vision.name": "ViT-L-14-quickgelu:openai",
+            "tokenizer.max_num_frames": 4,
+        },
+        "training": _LARGE_TRAINING,
+    },
+    "gpt2": {
+        "model": {
+            "language.name": "gpt2", "vision.name": "openai/clip-vit-base-patch32", "tokenizer.max_num_frames": 4,
+        },
+        "training": _LARGE_TRAINING,
+    },
+}  # fmt: skip
+
+
+def model_config(options: TrainingOptions) -> ModelConfig:
+    """The preset's model, then the backbones that were named, then every --set."""
+    settings = dict(PRESETS[options.preset]["model"])
+    for option, path in (("lm", "language.name"), ("clip_model_type", "vision.name")):
+        if getattr(options, option):
+            settings[path] = getattr(options, option)
+    return with_settings(ModelConfig(), settings | dict(map(parse_setting, options.overrides or ())))

@@ -1,0 +1,51 @@
+"""The end of a run: the weights, a look at what the model has become, and a summary."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from flamingo.config import ModelConfig
+from flamingo.data.processor import FlamingoProcessor
+from flamingo.evaluation.first_look import first_look
+from flamingo.fast.precision import autocast
+from flamingo.files import write_json
+from flamingo.interop.selfcheck import check_decoding
+from flamingo.model.vlm import VisionLanguageModel
+from flamingo.training import resume
+from flamingo.training.checkpoint import save_model
+from flamingo.training.log import RunLog
+from flamingo.training.loop import count_parameters
+
+
+def finish(
+    folder: Path, model: VisionLanguageModel, processor: FlamingoProcessor, config: ModelConfig,
+    validation_set: Dataset, log: RunLog, device: torch.device, dtype: str,
+) -> None:  # fmt: skip
+    """Save, check that decoding is right, caption 64 validation pictures, and report.
+
+    Raises InputError when these libraries would make captions nonsense; the weights are safe by then.
+    """
+    save_model(folder, model, processor, config)
+    precision = lambda: autocast(device, dtype)  # noqa: E731
+    check_decoding(model, precision)
+    look = first_look(model, processor, validation_set, precision, log.options.seed)
+    trained, frozen = count_parameters(model)
+    summary = log.summary(device, dtype) | {
+        "trainable_parameters": trained,
+        "frozen_parameters": frozen,
+        "validation_captions": look and look.facts,
+    }
+    write_json(folder / "summary.json", summary)  # last: a run folder with a summary is a whole one
+    (folder / resume.FILE).unlink()
+    print(
+        f"trained for {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
+        f"{summary['final_val_loss_blind']:.3f} without\n"
+        + (f"{look.sentence}\n" if look else "")
+        + f"look at {folder}/samples.png, then: python evaluate.py {folder}"
+    )
+    if device.type == "cuda" and log.options.preset == "classroom":
+        free, whole = (number / 2**30 for number in torch.cuda.mem_get_info(device))
+        print(
+            f"this GPU has {free:.0f} of {whole:.0f} GiB free: `python train.py --preset opt-125m` would need about 8"
+        )

@@ -1,0 +1,146 @@
+"""What a run tells: the progress bar, metrics.jsonl, the figures, samples as it goes, and the summary."""
+
+import dataclasses
+import json
+import random
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from flamingo.config import TrainingOptions
+from flamingo.data.processor import FlamingoProcessor
+from flamingo.evaluation.captioning import caption, encode_pictures
+from flamingo.fast.device import peak_memory_bytes
+from flamingo.figures import run_figures
+from flamingo.files import write_atomically
+from flamingo.model.vlm import Flamingo
+
+SHOWN = 12  # pictures in samples.png
+
+
+def _entry(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for one that a kill cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class RunLog:
+    """Everything a run writes beside its weights.
+
+    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, and a line per validation,
+    {"step", "val_loss", "val_loss_blind", "attn": [...], "ff": [...]} with tanh(gate) of each layer.
+    """
+
+    def __init__(
+        self, folder: Path, options: TrainingOptions, launched: float, skipped: list[str], steps_done: int = 0
+    ):
+        self.folder, self.options, self.launched = folder, options, launched
+        self.losses: list[float] = []
+        self.validations: list[dict] = []
+        self.captions_seen = 0
+        self.first_step: float | None = None
+        self.began = time.time()
+        self._take_up(folder / "metrics.jsonl", steps_done)
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        if skipped:
+            (folder / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
+            print(f"{len(skipped)} pictures or captions were left out: see {folder}/skipped.txt")
+
+    def _take_up(self, file: Path, steps_done: int) -> None:
+        """A resumed run: what was told up to the point it goes on from counts; what came after will be told again."""
+        lines = file.read_text(encoding="utf-8").splitlines() if steps_done else []
+        kept = [entry for entry in map(_entry, lines) if entry and entry["step"] <= steps_done]
+        write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
+        steps = [entry for entry in kept if "loss" in entry]
+        self.validations = [entry for entry in kept if "val_loss" in entry]
+        self.losses = [entry["loss"] for entry in steps]
+        self.captions_seen = sum(entry["captions"] for entry in steps)
+        if steps:  # the time it took counts, the time it stood still does not
+            self.first_step = steps[0]["seconds"]
+            self.began -= steps[-1]["seconds"]
+            self.launched -= steps[-1]["seconds"]
+
+    def _write(self, entry: dict) -> None:
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.metrics.flush()
+
+    def step(self, step: int, loss: torch.Tensor, captions: int, optimizer, bar: tqdm) -> None:
+        """After each optimizer step. loss: mean over its target tokens, on the device."""
+        if self.first_step is None:
+            self.first_step = time.time() - self.launched
+        self.captions_seen += captions
+        self.losses.append(loss.item())
+        seconds = time.time() - self.launched
+        lr = optimizer.param_groups[0]["lr"]
+        self._write({"step": step + 1, "loss": self.losses[-1], "lr": lr, "captions": captions, "seconds": seconds})
+        bar.set_postfix(
+            loss=f"{self.losses[-1]:.3f}", captions_per_second=f"{self.captions_seen / (time.time() - self.began):.0f}"
+        )
+
+    def validation(self, step: int, losses: dict[str, float], gates: list[tuple[float, float]], bar: tqdm) -> None:
+        """After each validation."""
+        entry = {"step": step, **losses, "attn": [attn for attn, _ in gates], "ff": [ff for _, ff in gates]}
+        self.validations.append(entry)
+        self._write(entry)
+        opened = " ".join(f"{attn:+.2f}" for attn in entry["attn"])
+        bar.write(
+            f"step {step}: validation loss {entry['val_loss']:.3f} with the picture, "
+            f"{entry['val_loss_blind']:.3f} without; attention gates {opened}"
+        )
+        steps = range(1, len(self.losses) + 1)
+        write_atomically(
+            self.folder / "training.png",
+            lambda path: run_figures.training_figure(path, steps, self.losses, self.validations, self.validations),
+        )
+
+    def samples(
+        self,
+        model: Flamingo,
+        processor: FlamingoProcessor,
+        examples: Dataset,
+        autocast: AbstractContextManager,
+        bar: tqdm,
+    ) -> None:
+        """Caption a few validation pictures, say two, draw all."""
+        rng = random.Random(f"samples {self.options.seed} {len(self.validations)}")
+        drawn = (examples[i] for i in rng.sample(range(len(examples)), min(2 * SHOWN, len(examples))))
+        first = ((e.pictures[0], next(c for c in e.texts[0] if c.picture == 0)) for e in drawn)
+        pictures, chunks = zip(*[(picture, c) for picture, c in first if c.caption][:SHOWN], strict=True)
+        prompts, truths = [chunk.prompt for chunk in chunks], [chunk.caption for chunk in chunks]
+        model.eval()
+        with autocast:
+            latents = encode_pictures(model, processor, pictures)
+            predictions = caption(model, processor, latents, prompts)
+        model.train()
+        for prediction, truth in list(zip(predictions, truths, strict=True))[:2]:
+            bar.write(f"    says: {prediction!r}   true: {truth!r}")
+        write_atomically(
+            self.folder / "samples.png",
+            lambda path: run_figures.samples_figure(path, pictures, predictions, truths, prompts),
+        )
+
+    def summary(self, device: torch.device, dtype: str) -> dict:
+        """What is left to say at the end."""
+        self.metrics.close()
+        seconds = time.time() - self.began
+        return {
+            "preset": self.options.preset,
+            "seconds": time.time() - self.launched,
+            "seconds_to_first_step": self.first_step,
+            "steps": len(self.losses),
+            "captions_seen": self.captions_seen,
+            "captions_per_second": self.captions_seen / seconds,
+            "final_val_loss": self.validations[-1]["val_loss"],
+            "final_val_loss_blind": self.validations[-1]["val_loss_blind"],
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "device": str(device),
+            "dtype": dtype,
+            "seed": self.options.seed,
+            "options": dataclasses.asdict(self.options),
+        }

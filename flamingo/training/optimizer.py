@@ -1,0 +1,49 @@
+"""AdamW, its three groups, and the learning rate of each step."""
+
+import math
+
+import torch
+
+from flamingo.config import TrainingOptions
+from flamingo.model.vlm import VisionLanguageModel
+
+
+def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torch.optim.AdamW:
+    """AdamW over what trains and nothing else, in three groups.
+
+    Only matrices decay: pulling gates, norms, latents or embeddings towards 0 would mean something. The gates learn
+    much faster than the rest: tanh(0) = 0 lets through neither signal nor gradient, so until they open nothing else
+    in the block gets a gradient, and at the common rate they hardly open.
+    """
+    gates, matrices, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("_gate"):
+            gates.append(parameter)
+        elif parameter.ndim >= 2 and not any(part in name for part in ("additional", "latents", "_embs")):
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    groups = [
+        {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
+        {"params": rest, "lr": options.lr, "weight_decay": 0.0},
+        {"params": gates, "lr": options.gate_lr, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
+    """Factor of the learning rate: linear warmup, then half a cosine down to a hundredth."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: TrainingOptions) -> None:
+    """Give each group its peak rate times `warmup_cosine`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * warmup_cosine(step, options.steps, options.warmup_steps)
