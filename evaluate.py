@@ -1,11 +1,11 @@
-"""Does it look at the picture, and does it learn from examples? Examine a finished run on pictures it has never seen.
+"""Does it look at the picture, and does it learn from examples? Evaluate a finished run on pictures it has never seen.
 
     python evaluate.py runs/classroom                     writes evaluation.json and report.html into the run folder
     python evaluate.py runs/classroom --shots 0 4         few-shot prompts with no and four examples
     python evaluate.py runs/photos --data my_pictures --split test       also its questions or classes, if it has any
 
 Every score stands beside its controls (flamingo/evaluation/controls.py); few-shot prompts are explained in
-flamingo/evaluation/few_shot.py, the keys of evaluation.json in flamingo/evaluation/examine.py. A stopped evaluation
+flamingo/evaluation/few_shot.py, the keys of evaluation.json in flamingo/evaluation/run.py. A stopped evaluation
 goes on where it was when the same command is given again.
 """
 
@@ -33,11 +33,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--shots", type=int, nargs="*", default=None, metavar="K",
         help="numbers of examples in few-shot prompts; no number: leave few-shot out (default: 0 1 2 4 8 in the "
              "classroom, 0 2 4 on captioned sets, as far as there are pictures)")  # fmt: skip
-    add("--queries", type=int, default=250, help="pictures asked about for each number of shots (default: %(default)s)")
+    add("--queries", type=int, default=250, help="pictures tested for each number of shots (default: %(default)s)")
     add("--trials", type=int, default=2, help="draws of examples for each number of shots (default: %(default)s)")
     add("--demos", choices=("random", "rices"), default="random",
         help="examples at random by seed, or the most similar pictures (default: %(default)s)")  # fmt: skip
-    add("--template", default="", help='words between <image> and a caption in few-shot prompts, such as "Output:" for '
+    add("--template", default="", help='text between <image> and a caption in few-shot prompts, such as "Output:" for '
         "models of the Flamingo papers (default: none, as train.py trains)")  # fmt: skip
     add("--zero-shot", choices=("bare", "two-texts"), default="bare",
         help="what 0 shots shows: nothing, or two examples without their pictures, the Flamingo papers' convention "

@@ -2,7 +2,7 @@
 
     python -m benchmarks.classroom [--json FILE]
 
-The same model, batches and optimizer; each part of a step timed alone, over batches of every kind the run has.
+The same model, batches and optimizer; each part of a step timed alone, over batches as they come after the curriculum.
 """
 
 import sys
@@ -43,7 +43,11 @@ def measure(args) -> dict:
     steps = 3 if args.quick else 16 * args.rounds
     stream = iter(
         batches(
-            examples, Collate(processor, options.max_tokens), batch_size=options.batch_size, steps=steps + 1, seed=0
+            examples,
+            Collate(processor, options.max_tokens, layout=True),
+            batch_size=options.batch_size,
+            steps=steps + 1,
+            seed=0,
         )
     )
     batch = next(stream).to(args.device)

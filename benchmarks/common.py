@@ -90,7 +90,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence]) -> None:
 
 
 def finish(args: argparse.Namespace, result: dict, draw: Callable[[dict, Path], None]) -> None:
-    """Write what was asked for."""
+    """Write the JSON file and draw the figure, where there is a path."""
     result = {"quick": args.quick, "machine": machine(args.device), **result}
     if args.json:
         write_json(args.json, result)

@@ -35,7 +35,7 @@ TITLES = {name: f"{texts} text{'s' * (texts > 1)}, {pictures} picture{'s' * (pic
 
 
 class Clock(StoppingCriteria):
-    """Asked after every token whether to stop: a good place to look at the clock."""
+    """Called after every token to decide whether to stop: a good place to read the clock."""
 
     def __init__(self, device: torch.device):
         self.device, self.times = device, []
@@ -68,7 +68,7 @@ def prompts(shape, count: int, pictures: int) -> list[Text]:
 
 
 def in_best_dtype(side: Ours | Peer, steps: int) -> tuple[Ours | Peer, dict]:
-    """A side with its weights as float32 or bfloat16, whichever is faster and says the same as float32."""
+    """A side with its weights as float32 or bfloat16, whichever is faster and gives the tokens of float32."""
     texts = prompts(side.shape, 8, 1)
     sides, said, times = {dtype: side.generating_in(dtype) for dtype in DTYPES}, {}, {}
     for name, candidate in sides.items():

@@ -4,7 +4,7 @@
 
 The same texts, 5 captions a picture, two steps (the optimizer's state comes with the first), in float32 and under
 bfloat16 autocast; a side counts in the dtype in which it needs less. Counted is what a step needs above the built
-model: gradients, optimizer state, activations; the whole, model included, is reported beside. On a GPU torch tells it;
+model: gradients, optimizer state, activations; the whole, model included, is reported beside. On a GPU torch counts it;
 on a CPU it is the peak of resident memory, which Linux alone lets us set back after building.
 """
 

@@ -77,7 +77,7 @@ def default_run(args) -> tuple[nn.Module, list[Batch]]:
     examples, _ = training_sets(options)
     examples.curriculum = 0  # the shorter texts of the beginning
     count = 2 if args.quick else 12
-    collate = Collate(processor, options.max_tokens)
+    collate = Collate(processor, options.max_tokens, layout=True)
     return model, list(batches(examples, collate, batch_size=options.batch_size, steps=count, seed=0))
 
 

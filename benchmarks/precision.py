@@ -4,7 +4,7 @@
 
 Ours alone, at the shapes of the other benchmarks and as `train.py --preset opt-125m` begins: gates closed at first, its
 learning rates and its warmup, features cached, weights that train in float32, products under autocast, frozen matrices
-held in bfloat16. Each picture has a few words of its own, of which its captions are made anew at every step: there is
+held in bfloat16. Each picture has a few tokens of its own, of which its captions are made anew at every step: there is
 something to learn from the pictures and nothing to learn by heart. (Where a few captions are read again and again, the
 loss soon falls and jumps so fast that two roundings of float32 would part as well.)
 """
@@ -34,7 +34,7 @@ ALLOWED = 0.01  # relative difference of the losses, mean over the steps
 
 
 def told_at(shape: Shape, step: int) -> list[Text]:
-    """The captions of a step: `CAPTIONS` to each of the next pictures, of random ones among that picture's words."""
+    """The captions of a step: `CAPTIONS` to each of the next pictures, of random ones among that picture's tokens."""
     rng, texts = random.Random(f"step {step}"), []
     for i in range(step * PICTURES_A_STEP, (step + 1) * PICTURES_A_STEP):
         picture = i % PICTURES

@@ -82,7 +82,7 @@ def make_text(
     tokens: int | None = None,
     words: Sequence[int] | None = None,
 ) -> Text:
-    """<image>caption<|endofchunk|> for each picture, captions of random words, or of random ones among `words`."""
+    """<image>caption<|endofchunk|> for each picture, captions of random tokens, or of random ones among `words`."""
     ids = [BOS]
     for _ in pictures:
         caption = (rng.choice(words or range(4, shape.words)) for _ in range(tokens or caption_length(rng)))

@@ -132,7 +132,7 @@ def measure(args, folder: Path) -> dict:
 
 
 def _gflop(side: Ours | Peer, batches: Batches, chosen: dict) -> float:
-    """Arithmetic of a caption, as torch counts it (attention inside a fused kernel may be missing)."""
+    """GFLOP of a caption, as torch counts them (attention inside a fused kernel may be missing)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     (batch,) = evenly(batches(min(10, chosen["texts_per_batch"])), 1)

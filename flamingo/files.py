@@ -77,7 +77,7 @@ def fingerprint(module) -> str:
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().flatten()
         count = min(64, len(flat))
-        # In whole numbers: float32 cannot count the 39 million values of OPT-125m's word vectors.
+        # In whole numbers: float32 cannot count the 39 million values of OPT-125m's token embeddings.
         picked = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(picked.float().cpu().numpy().tobytes())

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from conftest import EOC, IMAGE, PAD, tiny_flamingo, tiny_lm
 
 from flamingo.config import layers_with_cross_attention
+from flamingo.interop import compat
 from flamingo.interop.compat import find_decoder_layers
+from flamingo.model.added_tokens import decouple_added_tokens
 from flamingo.model.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_attention_mask
 from flamingo.model.resampler import PerceiverResampler
 
@@ -137,6 +139,28 @@ def test_wrong_shapes_and_indices_are_named(model, texts, pictures):
         model(texts, pixel_values=pictures[0])
     with pytest.raises(ValueError, match="picture 7 of 4"):
         model(texts, pixel_values=pictures.flatten(0, 1), image_index=torch.tensor([[0, 1], [2, 7]]))
+
+
+def test_pictures_of_other_texts_are_refused(model, texts, pictures):
+    four = texts.repeat(2, 1)
+    with pytest.raises(ValueError, match="4 texts, but pictures for 2"):
+        model(four, pixel_values=pictures)
+    with pytest.raises(ValueError, match="image_index of text 1 has an empty slot before a picture"):
+        model(texts, pixel_values=pictures[:, 0], image_index=torch.tensor([[0, 1], [-1, 1]]))
+
+
+@torch.no_grad()
+def test_a_text_read_in_parts_sees_what_it_sees_at_once(model, texts, pictures):
+    """With media_locations of the whole text, whatever the parts are."""
+    whole = model(texts, pixel_values=pictures).logits
+    images, where = model.prepare_images(pixel_values=pictures), texts == IMAGE
+    parts, cache = [], {}
+    with model.reading(images, texts, media_locations=where):
+        for part in texts.split(2, dim=1):
+            read = model.lang_encoder(input_ids=part, use_cache=True, **cache)
+            cache = compat.cache_argument(model.lang_encoder, compat.cache_of(read))
+            parts.append(read.logits)
+    close(torch.cat(parts, dim=1), whole)
 
 
 def test_conditioning_never_outlives_a_call(model, texts, pictures):
@@ -348,6 +372,11 @@ def test_decoder_layers_are_found_by_table_structure_or_name():
     with pytest.raises(ValueError, match="decoder_layers_attr_name"):
         find_decoder_layers(lm)
     assert find_decoder_layers(lm, "model.decoder.layers")[0] == "model.decoder.layers"
+
+
+def test_added_tokens_must_be_consecutive():
+    with pytest.raises(ValueError, match=r"consecutive, not \[2, 51\]"):
+        decouple_added_tokens(tiny_lm(), [2, 51])
 
 
 def test_added_tokens_of_another_vocabulary_are_refused():

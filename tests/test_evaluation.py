@@ -45,9 +45,9 @@ def arguments(**changed) -> argparse.Namespace:
 def a_small_exam():
     """Few support pictures, few names: the machinery is the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flamingo.evaluation.exam.SUPPORT", 16)
-        patch.setattr("flamingo.evaluation.examine.NAMES", 3)
-        patch.setattr("flamingo.captioning.NEW_TOKENS", 8)
+        patch.setattr("flamingo.evaluation.test_set.SUPPORT", 16)
+        patch.setattr("flamingo.evaluation.run.NAMES", 3)
+        patch.setattr("flamingo.evaluation.captioning.NEW_TOKENS", 8)
         yield
 
 
@@ -280,12 +280,12 @@ def test_a_killed_evaluation_ends_as_one_that_was_not(predictor, test_set, resul
         calls.append(title)
         return predict(self, texts, title, **control)
 
-    monkeypatch.setattr(Predictor, "say", stop_at_six)
+    monkeypatch.setattr(Predictor, "predict", stop_at_six)
     with pytest.raises(KeyboardInterrupt):
         run_plan(plan(test_set, examined, arguments()), examined, Parts(tmp_path, {}))
     done, calls[:] = list(calls), []
     monkeypatch.setattr(
-        Predictor, "say", lambda self, texts, title, **c: calls.append(title) or predict(self, texts, title, **c)
+        Predictor, "predict", lambda self, texts, title, **c: calls.append(title) or predict(self, texts, title, **c)
     )
     examined = Predictor(predictor.model, predictor.processor)
     found = run_plan(plan(test_set, examined, arguments()), examined, Parts(tmp_path, {}))
@@ -357,7 +357,7 @@ def test_mistakes_in_options(words, reason):
 
 
 def test_mistakes_are_said_before_anything_runs(run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Predictor, "say", lambda *_, **__: pytest.fail("something was run"))
+    monkeypatch.setattr(Predictor, "predict", lambda *_, **__: pytest.fail("something was run"))
     before = sorted(path.name for path in run_folder.iterdir())
     data = captioned_folder(tmp_path / "set", {"train": 6, "test": 3})
     cases = [

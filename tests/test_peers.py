@@ -207,13 +207,13 @@ def test_a_flamingo_mini_folder_becomes_a_model_that_writes(tmp_path):
     folder = mini_folder(tmp_path)
     config = config_from_flamingo_mini(folder)
     assert (config.fusion.act, config.fusion.every, config.fusion.placement) == ("sqrelu", 2, "near")
-    assert (config.vision_feature_norm, config.vision_class_token) == (False, True)
+    assert (config.vision.feature_norm, config.vision.class_token) == (False, True)
     model, processor, _ = build_flamingo(config)
     import_weights(model, folder)
     pixels = torch.randn(1, 1, 1, 3, 32, 32)
     features = model.encode_images(pixels[0])
     assert features.shape == (1, 1, 5, 12)  # four patches, and the class token before them
-    expected = CLIPVisionModel.from_pretrained(config.clip_model_type)(pixels[0, 0]).last_hidden_state
+    expected = CLIPVisionModel.from_pretrained(config.vision.name)(pixels[0, 0]).last_hidden_state
     close(features[0], expected)
     ids = torch.tensor([[*processor.begin_ids, processor.media_token_id]])
     assert model.generate(ids, torch.ones_like(ids), pixel_values=pixels, max_new_tokens=3).shape[1] > ids.shape[1]
@@ -436,5 +436,5 @@ def test_an_open_flamingo_checkpoint_without_a_vocabulary_keeps_our_rows(tmp_pat
     before = ours.trainable_state_dict()[name].clone()
     assert "no rows of added tokens" in import_weights(ours, tmp_path / "checkpoint.pt")
     assert torch.equal(ours.trainable_state_dict()[name], before)
-    with pytest.raises(InputError, match=r"tensors missing.*settings of flamingo/peers\.py"):
+    with pytest.raises(InputError, match=r"tensors missing.*settings of flamingo/interop/peers\.py"):
         import_weights(tiny_flamingo(), tmp_path / "checkpoint.pt")

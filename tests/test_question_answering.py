@@ -202,7 +202,7 @@ def test_questions_and_classes_of_a_set_are_examined_and_a_stop_costs_little(run
     words = (run_folder, "--data", asked_folder(tmp_path / "set"), "--shots", 0, 2, "--trials", 1)
     predict, asked = Predictor.predict, []
     monkeypatch.setattr(
-        Predictor, "say", lambda self, texts, title, **c: asked.append(title) or predict(self, texts, title, **c)
+        Predictor, "predict", lambda self, texts, title, **c: asked.append(title) or predict(self, texts, title, **c)
     )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Predictor, "choose", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -237,7 +237,7 @@ def test_no_picture_is_both_asked_about_and_an_example(tmp_path):
 
 
 def test_columns_of_other_names(run_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Predictor, "say", lambda *_, **__: pytest.fail("something was run"))
+    monkeypatch.setattr(Predictor, "predict", lambda *_, **__: pytest.fail("something was run"))
     data = asked_folder(tmp_path / "set", question="ask", answers="told", label="kind")
     options = TrainingOptions(data=str(data))
     test_set = captioned_test_set(options, None, 5, 0)

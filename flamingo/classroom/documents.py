@@ -21,10 +21,10 @@ def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -
 def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
     """Three kinds of document, a line for each caption.
 
-    More than half tell 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. A third
-    tells *one* scene in several styles and asks about it: there the next word can be known from the lines before, so
-    the model learns to be sure of a name. (A model that has only ever guessed names cannot say one with confidence,
-    whatever it is shown.) The rest gives invented names to things and uses them again.
+    More than half caption 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. A third
+    caption *one* scene in several styles, with questions: there the next token can be known from the lines before, so
+    the model learns to be sure of a name. (A model that has only ever guessed names cannot predict one with
+    confidence, whatever it is shown.) The rest give invented names to things and use them again.
     """
     rng = random.Random(f"document {seed} {split} {index}")
     first = rng.randrange(2**40)
@@ -49,7 +49,7 @@ def _in_several_styles(scene: scenes.Scene, rng: random.Random) -> list[str]:
 
 
 def naming_lines(rng: random.Random) -> list[str]:
-    """` dog dax`, ` cat wug`, …: 2 to 5 things with invented names, each told two or three times."""
+    """` dog dax`, ` cat wug`, …: 2 to 5 things with invented names, each given two or three times."""
     how_many = rng.randint(2, 5)
     things, words = rng.sample(scenes.OBJECTS, how_many), rng.sample(scenes.INVENTED, how_many)
     lines = [f" {thing} {word}" for thing, word in zip(things, words, strict=True)]

@@ -9,22 +9,22 @@ from flamingo.data.answer_columns import question_prompt
 from flamingo.data.batches import Example
 from flamingo.data.processor import Chunk
 
-CURRICULUM_STYLES = ("list", "telegram")  # of the first words
+CURRICULUM_STYLES = ("list", "telegram")  # of the curriculum
 
 
 class ClassroomScenes(Dataset):
     """`size` examples, each a pure function of (seed, split, index).
 
-    An example is told twice, each time in another style: what is seen in its pictures is worked out once for both.
+    Most examples have two texts, each in another style: their pictures are encoded and resampled once for both.
 
-    The first `curriculum` are *first words*: one scene told as a list and as a telegram. Nearly every word of these
-    is a name, a ground or a place, in reading order, so that names and places bind early; among longer captions they
-    stay unlearned for long, because most of what can be gained at first lies elsewhere.
+    The first `curriculum` examples are one scene captioned as a list and as a telegram. Nearly every word of these is
+    a name, a ground or a place, in reading order, so that names and places are learned early; among longer captions
+    they stay unlearned for long, because most of what can be gained at first lies elsewhere.
 
     After them there are three kinds. Most are one scene, with captions (nearly always with the cue of their style) or
-    questions about one fact. Some are documents: 2 to 8 scenes told in one style, which mostly nothing names but the
-    first captions themselves. And some give two things invented names and ask for them again: what they are called can
-    only be looked up in the examples.
+    questions about one fact. Some are documents: 2 to 8 scenes captioned in one style, which mostly nothing shows but
+    the first captions themselves. And some give two things invented names and need them again: what they are called
+    can only be looked up in the examples.
     """
 
     LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
@@ -41,8 +41,8 @@ class ClassroomScenes(Dataset):
         return self.size
 
     def length(self, index: int) -> int:
-        """Pictures of its texts: documents keep to themselves, but all styles and layouts share a batch. (Batches of
-        equally many words would each be of one layout and one style, and pull the weights to and fro.)"""
+        """Pictures of its texts: documents are batched apart, but all styles and layouts share a batch. (Batches of
+        equally many tokens would each be of one layout and one style, and pull the weights to and fro.)"""
         return len(self._plan(index)[0])
 
     def __getitem__(self, index: int) -> Example:
@@ -92,6 +92,6 @@ def naming(rng: random.Random, split: str) -> tuple[list[scenes.Scene], list[lis
     words = dict(zip(things, rng.sample(scenes.INVENTED, 2), strict=True))
     shown = [*things, *(rng.choice(things) for _ in range(2))]
     drawn = [scenes.one_of(rng, thing) for thing in shown]
-    # The first showing of each is told: nobody could guess the name.
+    # The first name of each is a prompt, without loss: nobody could guess it.
     chunks = [Chunk(k, words[thing], "") if k < 2 else Chunk(k, "", words[thing]) for k, thing in enumerate(shown)]
     return drawn, [chunks]

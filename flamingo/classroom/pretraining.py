@@ -1,6 +1,6 @@
 """Pretrains the two frozen halves of the classroom: a small OPT and a small CLIP.
 
-    python -m flamingo.data.backbones --out assets/classroom        (about half an hour on 2 CPU cores)
+    python -m flamingo.classroom.pretraining --out assets/classroom        (about half an hour on 2 CPU cores)
 
 What this file teaches: where the "frozen backbones" of a Flamingo come from, at a size one can watch.
 
@@ -8,14 +8,14 @@ What this file teaches: where the "frozen backbones" of a Flamingo come from, at
    that keep one caption style throughout and mostly do not name it. So the frozen model *follows its context*:
    that is the ability Flamingo's few-shot learning rests on.
 2. A CLIP: pictures and captions meet in one space (the contrastive loss of Radford et al. 2021). A contrastive
-   loss on whole captions does not need to know *where* things are, and its patch tokens then do not say. So four
-   dense terms ask every patch token what it shows, where it stands, where in the picture there is something at all, and
-   how the scene is arranged. Without the second the tokens lose their places, and a Flamingo on top sees a bag of
+   loss on whole captions does not need *where* things are, and the patch tokens then do not hold it. So four dense
+   terms predict from every patch token what it shows, where it stands, where in the picture there is something at all,
+   and how the scene is arranged. Without the second the tokens lose their places, and a Flamingo on top sees a bag of
    objects; without the last two no patch compares itself with others, and "two tomatoes" looks like "a tomato and a
-   bus". *What* is asked in the language model's own word vectors (as in
-   DeViSE, Frome et al. 2013): then one map, the same for all objects, turns what a patch shows into the word for it,
-   and a Flamingo that learns it on some objects has learned it for the others. Most of it is taught on crowded
-   scenes: nine objects for the price of one picture.
+   bus". *What* is predicted in the language model's own token embeddings (as in DeViSE, Frome et al. 2013): then one
+   map, the same for all objects, turns what a patch shows into the embedding of its name, and a Flamingo that learns
+   it on some objects has learned it for the others. Most of it is learned on crowded scenes: nine objects for the
+   price of one picture.
 
 Both see all objects, the novel ones too, and only training pairs of them. Both are ordinary: open_clip and
 transformers load them through the same code as ViT-L-14 and OPT-125m.
@@ -49,18 +49,18 @@ from flamingo.training.optimizer import warmup_cosine
 
 SEED = 20220429  # the day the paper appeared; the scenes of a run begin at seed 0, so none is shared
 LM_WIDTH, LM_LAYERS, LM_HEADS, LM_POSITIONS = 192, 4, 6, 512
-WORD_SPACE = 64  # dimensions that the word vectors begin in, fewer than there are objects (see pretrain_lm)
+WORD_SPACE = 64  # dimensions that the token embeddings begin in, fewer than there are objects (see pretrain_lm)
 CLIP_CONFIG = {
-    "embed_dim": LM_WIDTH,  # pictures, captions and the words of the language model in one space
+    "embed_dim": LM_WIDTH,  # pictures, captions and the language model's token embeddings in one space
     "vision_cfg": {"image_size": scenes.IMAGE_SIZE, "patch_size": PATCH, "width": 192, "layers": 4, "head_width": 32},
     # vocab_size is filled in
     "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 2, "pool_type": "eos", "eos_id": 2,
                  "pad_id": 1},
 }  # fmt: skip
 DENSE_SCALE = (
-    16.0  # of cosines: small, so that a patch must come near the word it shows, not just nearer than to others
+    16.0  # of cosines: small, so that a patch must come near the name it shows, not just nearer than to others
 )
-# How a scene may be arranged, as the third dense term asks it: (layout, how many things).
+# How a scene may be arranged, the classes of a dense term: (layout, how many things).
 ARRANGEMENTS = [("one", 1), ("count", 2), ("count", 3), ("row", 2), ("column", 2), ("three", 3)]
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -114,10 +114,10 @@ def packed_rows(tokenizer, first: int, rows: int, length: int) -> tuple[Tensor, 
 
 @torch.no_grad()
 def _spread_words(vectors: Tensor, tokenizer) -> None:
-    """Word vectors (V, D) far apart from the start: tied as they are, they are also the answers, and at the usual 0.02
-    no hidden state could name one with confidence. And all in WORD_SPACE dimensions: with more objects than dimensions,
-    what maps pictures of *some* objects to their words maps those of the others too. A plural begins as its singular
-    and one step, the same for all: who can name one tomato can name three."""
+    """Token embeddings (V, D) far apart from the start: tied, they are the output weights too, and at the usual 0.02 no
+    hidden state could predict one with confidence. And all in WORD_SPACE dimensions: with more objects than dimensions,
+    what maps pictures of *some* objects to their names maps those of the others too. A plural begins as its singular
+    and one step, the same for all: a model that can name one tomato can name three."""
     plane = torch.linalg.qr(torch.randn(vectors.shape[1], WORD_SPACE)).Q  # (D, WORD_SPACE) orthonormal columns
     vectors.copy_(0.17 * torch.randn(len(vectors), WORD_SPACE) @ plane.T)
     to_plural = 0.17 * torch.randn(WORD_SPACE) @ plane.T
@@ -184,7 +184,7 @@ def to_pixels(pictures: list) -> Tensor:
 
 def patch_names(scene: scenes.Scene, names: dict[str, int]) -> np.ndarray:
     """(36,) the class of what each patch shows: an object that covers over 30 % of it, the ground if nothing
-    touches it, else -100 (not asked)."""
+    touches it, else -100 (no loss)."""
     side = scenes.IMAGE_SIZE // PATCH
     covered = np.zeros((len(scene.objects) + 1, side, side))
     edges = np.arange(side) * PATCH
@@ -240,7 +240,7 @@ def vision_batch(step: int, size: int, crowd: bool, names: dict[str, int]) -> tu
 
 
 def names_in_word_space(lm: OPTForCausalLM, tokenizer, words: list[str]) -> Tensor:
-    """(words, E) what sets each word apart: its word vector less the mean of them all, of length 1."""
+    """(words, E) what sets each name apart: its token embedding less the mean of them all, of length 1."""
     ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words]
     vectors = lm.get_input_embeddings().weight.detach()[ids]
     return F.normalize(vectors - vectors.mean(dim=0), dim=-1)

@@ -1,8 +1,8 @@
 """How good are the classroom backbones? The figures of README's model card.
 
-What this file teaches: retrieval, the usual score of a CLIP, says nothing about what Flamingo needs. A CLIP that finds
-97 of 100 captions may have patch tokens that know neither what they show nor where they stand. So we ask them, with the
-simplest reader there is: a linear one.
+What this file teaches: retrieval, the usual score of a CLIP, does not measure what Flamingo needs. A CLIP that finds
+97 of 100 captions may have patch tokens that hold neither what they show nor where they stand. So we probe them, with
+the simplest classifier there is: a linear one.
 """
 
 import math
@@ -105,7 +105,7 @@ def retrieval(clip, tokenizer, to_pixels) -> dict[str, float]:
 
 @torch.no_grad()
 def recall(lm, tokenizer, documents: list[list[str]]) -> float:
-    """How often the model gives the last line of each document its right last word, having read it in a line before."""
+    """How often the model predicts the last token of each document, having read it in a line before."""
     right = 0
     for lines in documents:
         ids = torch.tensor([tokenizer("\n".join(lines)).input_ids])

@@ -6,8 +6,8 @@ judge needed), and "does the model look at the picture?" becomes a number.
 
     picture   96 x 96 pixels, a 3 x 3 grid of cells, at most one object in a cell
     layouts   one · count (two or three of one thing) · row (two side by side) · column (two stacked) · three
-    styles    one scene can be told as a sentence, list, quiz, telegram or story (`STYLES`); a short *cue*
-              ("As a list:") may say which one is wanted. `questions` asks for one fact ("what is above the cat?").
+    styles    one scene can be captioned as a sentence, list, quiz, telegram or story (`STYLES`); a short *cue*
+              ("As a list:") may name the one wanted. `questions` are about one fact ("what is above the cat?").
     splits    train / validation / test share no *pair* of objects; `novel` shows only the objects in
               `NOVEL_OBJECTS`, which the Flamingo stage never trains on.
 
@@ -28,7 +28,7 @@ CELL = 32  # pixels: a 3 x 3 grid
 SPRITE_SIZES = (25, 27, 29, 31)  # pixels, longest side of a drawn object
 JITTER = 3  # pixels an object may stand off the centre of its cell
 
-# One English noun each, chosen so that the name says what is drawn and no two drawings look alike.
+# One English noun each, chosen so that the name fits what is drawn and no two drawings look alike.
 OBJECTS = """
 ant bear camel cat cow crab deer dog duck elephant fish flamingo fox frog giraffe goat gorilla hedgehog horse
 jellyfish kangaroo koala lion monkey mouse octopus owl panda parrot peacock penguin pig rabbit rooster seal sheep
@@ -67,7 +67,7 @@ CUES = {
     "sentence": "In a sentence:", "list": "As a list:", "quiz": "As a quiz:", "telegram": "As a telegram:",
     "story": "As a story:",
 }  # fmt: skip
-# Words that mean nothing until an example says what they name: for learning a name from one showing (`naming`).
+# Words that mean nothing until an example shows what they name: for learning a name from one showing (`naming`).
 INVENTED = ("blick", "dax", "wug", "fep", "toma", "zib", "kivo", "lorp", "gazzer", "pimwit", "tulver", "modi")
 LAYOUTS = ("one", "count", "row", "column", "three")
 SPLITS = ("train", "validation", "test", "novel")

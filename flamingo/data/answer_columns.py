@@ -19,13 +19,13 @@ QUESTION_NAMES, ANSWER_NAMES, LABEL_NAMES = ("question", "questions"), ("answers
 
 
 def question_prompt(question: str) -> str:
-    """What the model is told after <image>: the form that the classroom trains."""
+    """The prompt after <image>: the form that the classroom trains."""
     return f"Question: {question} Answer:"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, and what each of the people asked answered (at least one)."""
+    """A question about a picture, and what each annotator answered (at least one)."""
 
     text: str
     answers: tuple[str, ...]
@@ -71,7 +71,7 @@ def find_answer_columns(split, source: str, named: AnswerColumns) -> AnswerColum
         question = answer = None
     label = named.label or find(LABEL_NAMES)
     if label and not _holds_names(split.features[label]):
-        label = None  # numbers or lists by that name: nothing that could be said
+        label = None  # numbers or lists by that name: nothing that could be a caption
     return AnswerColumns(question, answer, label)
 
 

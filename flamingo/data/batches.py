@@ -1,7 +1,7 @@
 """Examples → batches: the bank of pictures, the texts that point into it, and the labels.
 
-What this file teaches: which tokens a captioning model is asked to predict. Not the pictures, not the padding, not
-the prompt; the caption, and the token that ends it. `caption_labels` is that rule, without a Python loop.
+What this file teaches: which tokens a captioning model is trained to predict. Not the pictures, not the padding, not
+the prompt; the caption, and the token that ends it. `caption_labels` is that loss mask, without a Python loop.
 """
 
 import random
@@ -36,8 +36,8 @@ class Batch:
 
     input_ids, attention_mask, labels: (B, T_txt).
     The bank, one of both: pixel_values (N, F, C, H, W), or features (N, F, v, d) that were encoded before.
-    Who points at it, one of both: image_index (B, T_img) rows of the bank, -1 for an empty slot; or texts_per_image, if
-    the texts stand in the bank's order, so many to each picture.
+    How texts point at it, one of both: image_index (B, T_img) rows of the bank, -1 for an empty slot; or
+    texts_per_image, if the texts stand in the bank's order, so many to each picture.
     layout: where the real and the labelled tokens are, for flamingo/fast; None for the plain model.
     """
 
@@ -106,10 +106,10 @@ def caption_labels(
 class Collate:
     """Examples → Batch. Texts longer than `max_tokens` are cut.
 
-    layout: work out for flamingo/fast where the real and the labelled tokens are.
+    layout: work out for flamingo/fast where the real and the labelled tokens are. (The plain model has no use for it.)
     """
 
-    def __init__(self, processor: FlamingoProcessor, max_tokens: int, layout: bool = True):
+    def __init__(self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False):
         self.processor, self.max_tokens, self.layout = processor, max_tokens, layout
 
     def __call__(self, examples: Sequence[Example]) -> Batch:

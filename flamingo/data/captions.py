@@ -56,7 +56,7 @@ def open_picture(value: dict, *, thumbnail: bool = False) -> Image.Image:
 
 # ---------------------------------------------------------------------------------------------------- texts
 def parse_interleaved(text: str) -> list[Chunk]:
-    """`<image>a cat<|endofchunk|> and <image>a dog<|endofchunk|>` → chunks; text outside a caption is only told."""
+    """`<image>a cat<|endofchunk|> and <image>a dog<|endofchunk|>` → chunks; text outside a caption is a prompt."""
     before, *parts = text.split(MEDIA_TOKEN)
     chunks = [Chunk(None, before.strip())] if before.strip() else []
     for picture, part in enumerate(parts):
@@ -165,7 +165,7 @@ class CaptionedPictures(Dataset):
         return Example(pictures, self.texts(index))
 
     def row(self, index: int) -> dict:
-        """All that the set says about an example, by column; pictures undecoded."""
+        """All that the set holds about an example, by column; pictures undecoded."""
         return self.rows[self.kept[index]]
 
     def texts(self, index: int) -> list[list[Chunk]]:
@@ -266,7 +266,7 @@ def load_captions(
 
     A set without validation split lends some of its training pictures, the same ones for the same seed.
     answer_columns: given for an evaluation, where the class names of labelled pictures may stand for captions. Raises
-    InputError when the set cannot be found, its columns cannot be told, or most of it is broken.
+    InputError when the set cannot be found, its columns cannot be found, or most of it is broken.
     """
     data, folder = _read(source)
     splits = {("validation" if name in ("val", "valid", "dev") else name): split for name, split in data.items()}

@@ -1,6 +1,6 @@
 """Patch features of the frozen encoder, computed once and read from disk ever after.
 
-What this file teaches: the encoder is two thirds of the work of a training step, and its answer never changes, because
+What this file teaches: the encoder is two thirds of the work of a training step, and its output never changes, because
 it is frozen. So each picture is encoded once. The features lie in one .npy file, a row a picture:
 
     CACHE/NAME/features.npy     (pictures, F, v, d) float16, read through a memory map: only what is used is loaded
@@ -79,7 +79,7 @@ class FeatureCache:
         device: torch.device | str = "cpu",
         workers: int = 0,
     ) -> "FeatureCache":
-        """The cache in `folder`: as it is if it is whole and fits `key`, else completed or built again, which is said.
+        """The cache in `folder`: as it is if it is whole and fits `key`, else completed or built again, with a message.
 
         Args:
             pictures: `pictures[i]` is (F, C, H, W), prepared for the encoder.

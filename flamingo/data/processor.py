@@ -1,12 +1,12 @@
 """Text and pictures → tensors, and back to text.
 
 What this file teaches: what a Flamingo reads. Every picture is announced by one token, every caption is closed by
-another, and between them may stand a *prompt* (a cue, a question) that the model is given rather than asked for:
+another, and between them may stand a *prompt* (a cue, a question), which is given to the model and has no loss:
 
     <image>{prompt} {caption}<|endofchunk|><image>{prompt} {caption}<|endofchunk|>…
 
 `FlamingoProcessor(images=…, text=…)` is for users, who write such texts out; `encode_chunks` is for training and
-evaluation, which also have to know what the model was told.
+evaluation, which also have to know which tokens are the prompt.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ MEDIA_TOKEN, EOC_TOKEN = "<image>", "<|endofchunk|>"
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a text: a picture (its number among the example's pictures, or None), what the model is told, and
-    what it should say."""
+    """A piece of a text: a picture (its number among the example's pictures, or None), the prompt that the model is
+    given, and the caption that it should predict."""
 
     picture: int | None
     prompt: str = ""
@@ -38,7 +38,7 @@ def add_flamingo_tokens(tokenizer) -> None:
     """Add <|endofchunk|> and <image> (in this order, as open_flamingo does) and see that there is a pad token."""
     tokenizer.add_tokens([EOC_TOKEN, MEDIA_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is told from text by the attention mask
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: the attention mask separates padding from text
 
 
 class FlamingoProcessor(ProcessorMixin):
@@ -50,7 +50,7 @@ class FlamingoProcessor(ProcessorMixin):
     """
 
     def __init__(self, tokenizer, image_processor: Preprocess):
-        # ProcessorMixin (which a pipeline asks for) would insist on one of transformers' own image processors.
+        # ProcessorMixin (which a pipeline requires) would insist on one of transformers' own image processors.
         self.chat_template = None
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.media_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
@@ -186,7 +186,7 @@ class FlamingoProcessor(ProcessorMixin):
             for count in tags:
                 dealt.append(left[:count])
                 left = left[count:]
-            dealt[-1] = dealt[-1] + left  # too many: said below, of the last text
+            dealt[-1] = dealt[-1] + left  # too many: an error below, of the last text
         for i, (count, own) in enumerate(zip(tags, dealt, strict=True)):
             if count != len(own):
                 raise ValueError(f"text {i} has {count} {MEDIA_TOKEN} tags but {len(own)} pictures: give one for each")

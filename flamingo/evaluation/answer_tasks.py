@@ -1,8 +1,8 @@
 """Question answering and classification on a captioned set.
 
-What this file teaches: the same few-shot prompts ask for three kinds of answer, and the kind decides how to score.
+What this file teaches: the same few-shot prompts serve three tasks, and the task decides how an output is scored.
 
-    captions          <image> a dog runs along the beach                      words, against several right captions
+    captions          <image> a dog runs along the beach                      a caption, against several references
     questions         <image>Question: How many dogs? Answer: 2               a short answer, against people's answers
     classification    <image> golden retriever                                the likeliest of all class names
 
@@ -91,7 +91,7 @@ def answer_results(test_set: EvaluationSet, tasks: dict[str, Task], curve_of: Ca
 
 
 def answers_sentence(result: dict) -> str:
-    """What the table does not say about a captioned set's questions and classes; "" if it has none."""
+    """What the table does not hold about a captioned set's questions and classes; "" if it has none."""
     if "exact_match_style_given" in result:  # the classroom
         return ""
     predictions = []

@@ -1,15 +1,15 @@
-"""Where in the picture was the model looking when it said a word?
+"""Where in the picture was the model looking when it generated a word?
 
-What this file teaches: a word looks at latents, and the latents looked at patches; multiplied, the two attentions say
-which patches a word drew on. Attention is recomputed here, from what the layers were given, by hooks that are there
-only while we ask: the model's own fast attention never holds these matrices.
+What this file teaches: a word attends to latents, and the latents attend to patches; multiplied, the two attentions
+show which patches a word drew on. Attention is recomputed here, from the layers' inputs, by hooks that are there only
+inside `recorded_attention`: the model's own fast attention never holds these matrices.
 
-    word → latents    mean over heads, then over layers, weighted by |tanh(attention gate)|: a closed layer says nothing
+    word → latents    mean over heads, then over layers, weighted by |tanh(attention gate)|: a closed layer adds 0
     latents → patches in the resampler, mean over heads; over several layers as attention rollout (Abnar & Zuidema
-                      2020): each layer passes on half of what a latent held and adds half of what it looks at
+                      2020): each layer passes on half of what a latent held and adds half of what it attends to
 
-It is where the model looked, not proof of why it said a word. On the classroom we know where each thing stands, so
-`hit_rate` asks how often the peak is on the thing that was named, beside the rate of a peak put down at random.
+It is where the model looked, not proof of why it chose a word. In the classroom we know where each thing stands, so
+`hit_rate` counts how often the peak is on the thing that was named, beside the rate of a peak put down at random.
 """
 
 import math
@@ -61,7 +61,7 @@ class Recorded:
 
 @contextmanager
 def recorded_attention(model: Flamingo) -> Iterator[Recorded]:
-    """Inside, every attention of the model's new parts is worked out a second time and written down."""
+    """Inside, every attention of the model's new parts is computed a second time and recorded."""
     recorded = Recorded([], [])
 
     def look(attn: MaskedCrossAttention, inputs: tuple) -> None:
@@ -93,7 +93,7 @@ def latents_to_patches(resampler: Sequence[Tensor], patches: int) -> Tensor:
 def text_to_patches(
     model: Flamingo, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, autocast=nullcontext
 ) -> Tensor:
-    """Texts about one picture each → (B, T_txt, k): where each token looks, from 0 to 1 over the k = F·v patches.
+    """Texts about one picture each → (B, T_txt, k): each token's attention, from 0 to 1, over the k = F·v patches.
 
     pixel_values: (B, 1, F, C, H, W).
     """
@@ -109,7 +109,7 @@ def text_to_patches(
 # ------------------------------------------------------------------------------------------------ words and places
 @dataclass
 class WordLook:
-    """A word of a caption and where the model looked when it said it: grid (rows, columns), sum about 1."""
+    """A word of a caption and where the model looked when it generated it: grid (rows, columns), sum about 1."""
 
     picture: int
     word: str
@@ -117,7 +117,7 @@ class WordLook:
 
 
 def _word_tokens(processor: FlamingoProcessor, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """The words that tokens spell, each with the places of its tokens."""
+    """The words that tokens spell, each with the positions of its tokens."""
     spelt, owner = "", []
     for place, token in enumerate(ids):
         piece = processor.tokenizer.decode([token])
@@ -139,8 +139,8 @@ def word_looks(
     autocast=nullcontext,
     batch_size: int = 32,
 ) -> list[WordLook]:
-    """For each word of each caption, said about the picture of the same number: the mean over its tokens of where the
-    model looked when it chose them (that is at the place before each). Empty if the patches form no square."""
+    """For each word of each caption of the picture of the same number: the mean over its tokens of where the model
+    looked when it predicted them (that is at the position before each). Empty if the patches form no square."""
     device = next(model.vision_tokenizer.parameters()).device
     looks = []
     for first in range(0, len(pictures), batch_size):
@@ -163,11 +163,11 @@ def word_looks(
 
 
 def hit_rate(looks: Sequence[WordLook], drawn: Sequence[scenes.Scene]) -> dict:
-    """How often a name was said while looking at the thing: {attention_hit_rate, chance, n}; None if n is 0.
+    """How often attention is on the thing when its name is generated: {attention_hit_rate, chance, n}; None if n is 0.
 
     A hit: the middle of the patch with the most attention lies in the box of a thing of that name (one of its boxes, if
-    there are several). chance: the mean share of patches whose middle lies there. Names said of things that are not in
-    the picture do not count.
+    there are several). chance: the mean share of patches whose middle lies there. Names of things that are not in the
+    picture do not count.
     """
     hits, chances = [], []
     for look in looks:

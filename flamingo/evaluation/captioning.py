@@ -28,7 +28,7 @@ def encode_and_pool(
 ) -> tuple[Tensor, Tensor]:
     """N pictures → the bank of their latents (N, n, d), and one unit vector for each, the mean of its features (N, d).
 
-    Encoded and resampled once, however often they are used. The vectors tell which pictures are alike.
+    Encoded and resampled once, however often they are used. The vectors show which pictures are alike.
     """
     device = next(model.vision_tokenizer.parameters()).device
     latents, pooled = [], []
@@ -91,12 +91,12 @@ def continue_texts(
     progress: str | None = None,
     **generation_options,
 ) -> list[str]:
-    """What the model says at the end of each text, whose last chunk has a picture and a prompt but no caption.
+    """What the model generates at the end of each text, whose last chunk has a picture and a prompt but no caption.
 
     Args:
         latents: (N, n, d) the bank. texts: `Chunk.picture` is a row of the bank.
         blind: take the pictures away (a control).
-        autocast: makes the arithmetic's context. progress: title of a progress bar, none if not given.
+        autocast: makes the context that sets the precision. progress: title of a progress bar, none if not given.
         generation_options: see `Flamingo.generate`.
     """
     options = {"max_new_tokens": NEW_TOKENS} | generation_options
@@ -127,7 +127,7 @@ def score_answers(
     The end counts: without it "a fire" would always be at least as likely as "a fireplace". blind: take the pictures
     away (a control).
     """
-    begin = len(processor.begin_ids) + 1  # and <image>: what follows is the answer as the model is trained to say it
+    begin = len(processor.begin_ids) + 1  # and <image>: what follows is the answer as the model is trained on it
     ids = [processor.encode_chunks([Chunk(0, "", text)])[0][begin:] for text in answers]
 
     def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> Tensor:

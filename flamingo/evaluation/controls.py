@@ -1,14 +1,14 @@
-"""A score beside what would score without looking.
+"""A score beside what a model would score without looking.
 
-What this file teaches: a score alone does not say that a model looks at its picture. Beside it stand four answers to
-the same questions that need no eyes, or the wrong ones:
+What this file teaches: a score alone does not show that a model looks at its picture. Beside it stand four controls,
+which are given no picture or the wrong one:
 
     blind       the model itself, the picture taken away
     shuffled    the model itself, shown the next item's picture
     constant    the same caption for every picture: the one of the support pictures that is most like all others
-    copy_demo   the caption of another picture, drawn from the support: what a model that copies its example says
+    copy_demo   the caption of another picture, drawn from the support: what a model that copies its example gives
 
-Only what lies above all four was read off the picture. Whether a difference is more than chance is asked picture by
+Only what lies above all four was read off the picture. Whether a difference is more than chance is tested picture by
 picture: score minus control, resampled (a paired bootstrap).
 """
 
@@ -33,7 +33,7 @@ COMPARED = 128  # captions among which the constant one is looked for: each is c
 def answer_all(
     predictor: Predictor, parts: Parts, test_set: EvaluationSet, rows: list[int], novel_rows: list[int], seed: int
 ) -> dict[str, list[str]]:
-    """{"own", "novel", and each control: the captions said}. rows: the items' pictures in the bank."""
+    """{"own", "novel", and each control: its captions}. rows: the items' pictures in the bank."""
     items = test_set.items
     others = rows[1:] + rows[:1]
 
@@ -52,7 +52,7 @@ def answer_all(
 
 
 def constant_captions(test_set: EvaluationSet) -> list[str]:
-    """For each item the support caption that shares most words with others: one for all (one a style, if told)."""
+    """For each item the support caption that shares most words with others: one for all (or one a style)."""
     chosen: dict[str, str] = {}
     for style in {item.style for item in test_set.items}:
         captions = list(dict.fromkeys(item.caption_in(style) for item in test_set.support))[:COMPARED]

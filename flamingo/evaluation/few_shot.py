@@ -1,19 +1,19 @@
 """Does it learn from examples? Prompts of solved examples, and what they are worth.
 
-What this file teaches: a few-shot prompt is one document, in which each picture is followed by its answer and closed
+What this file teaches: a few-shot prompt is one document, in which each picture is followed by its text and closed
 by <|endofchunk|>, and the last is left open:
 
     <image> Output: a dog<|endofchunk|><image> Output: two cats<|endofchunk|><image> Output:
 
-(`Output:` is the template of the Flamingo papers for photographs, an option; models trained by train.py know none.)
+(`Output:` is the template of the Flamingo papers for photographs, an option; models trained by train.py have none.)
 A rising curve does not prove that the example *pictures* were read: the same examples without pictures and <image>
-tags (`text_only_demos`) tell how much came from their words.
+tags (`text_only_demos`) show how much came from their texts.
 
 **0 shots** here means no example at all. The "0-shot" of the Flamingo papers shows two examples without their pictures
 (zero_shot="two-texts"; also what `text_only_demos` is at 2 shots).
 
 Examples are drawn from the training split, at random by seed, or the most similar ones (RICES, Yang et al. 2022:
-nearest by the vision encoder's pooled features, the most alike last, next to the question).
+nearest by the vision encoder's pooled features, the most alike last, next to the query).
 """
 
 import random
@@ -38,7 +38,7 @@ TASKS = {"questions": "questions", "classification": "which one?", "classificati
 
 @dataclass(frozen=True)
 class Query:
-    """A picture (row of the bank), what the model is told after it, the answers that are right, and their style."""
+    """A picture (row of the bank), the prompt after it, the outputs that are right, and their style."""
 
     row: int
     prompt: str
@@ -53,10 +53,10 @@ Score = Callable[[Sequence[str], Sequence[Query]], np.ndarray]
 class Task:
     """Queries, and the support pictures (rows of the bank) that `solve` turns into examples for a query.
 
-    answers: to choose among (classification), or None to speak freely. chance: of guessing right, if known.
-    own_answers: an answer belongs to its picture alone (captions), so no example may show a right answer of the query.
-    Not so for questions and classification: "a dog" may be the answer twice.
-    scores: name → what scores the answers to the queries, (N,).
+    answers: to choose among (classification), or None to generate freely. chance: of guessing right, if known.
+    own_answers: an output belongs to its picture alone (captions), so no example may show a right output of the query.
+    Not so for questions and classification: "a dog" may be right twice.
+    scores: name → what scores the predictions for the queries, (N,).
     """
 
     name: str
@@ -91,7 +91,7 @@ class FewShot:
 
 # ------------------------------------------------------------------------------------------------------- prompts
 def prompt_text(query: Query, examples: Sequence[Chunk], text_only: bool = False) -> list[Chunk]:
-    """The chunks of a prompt. text_only: examples keep their words and their <|endofchunk|>, not their pictures."""
+    """The chunks of a prompt. text_only: examples keep their text and their <|endofchunk|>, not their pictures."""
     if text_only:
         examples = [replace(chunk, picture=None, caption=chunk.caption + EOC_TOKEN) for chunk in examples]
     return [*examples, Chunk(query.row, query.prompt)]
@@ -104,7 +104,7 @@ def _gives_away(task: Task, example: Chunk, right: set[str]) -> bool:
 def choose_examples(task: Task, most: int, how: FewShot, trial: int, predictor: Predictor) -> list[list[Chunk]]:
     """For each query its examples, `most` of them; for fewer shots take the last ones. The same for the same trial.
 
-    No example gives the answer away: where the caption is one of the query's right ones another picture is taken.
+    With `own_answers` no example shows a right output of the query: another picture is taken.
     """
     chosen = []
     for i, query in enumerate(task.queries):
@@ -153,7 +153,7 @@ def curve(
 
     A task's other scores stand there too, such as cider_d and cider_d_text_only_demos of captions that people wrote.
     The spread is the standard deviation over trials (0 for a single one, as at 0 shots); the interval is over queries.
-    blind: at 0 shots the query's picture is also taken away (`blind`, …_blind): what the words alone are worth.
+    blind: at 0 shots the query's picture is also taken away (`blind`, …_blind): what the text alone is worth.
     """
     table: dict[str, dict] = {}
     for shots in how.shots:
@@ -240,7 +240,7 @@ def captioning_task(
     support: Sequence[int],
     template: str,
 ) -> Task:
-    """Captions. In the classroom nothing but the examples tells the style: the query has no cue."""
+    """Captions. In the classroom nothing but the examples shows the style: the query has no cue."""
     shown = dict(zip(support, test_set.support, strict=True))
     queries = [Query(row, template, item.truths, item.style) for row, item in zip(rows, items, strict=True)]
     by_people = {} if test_set.classroom else {"cider_d": _cider}
@@ -253,7 +253,7 @@ def captioning_task(
 def questions_task(
     items: Sequence[Item], rows: Sequence[int], test_set: EvaluationSet, support: Sequence[int], seed: int
 ) -> Task:
-    """One question about each scene; the examples ask one question each about theirs."""
+    """One question about each scene; the examples have one question each about theirs."""
     shown = dict(zip(support, test_set.support, strict=True))
 
     def ask(row: int, scene: scenes.Scene) -> Chunk:

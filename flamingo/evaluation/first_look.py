@@ -1,8 +1,8 @@
-"""The last thing train.py does: caption 64 validation pictures and say in a sentence whether the model looks.
+"""The last thing train.py does: caption 64 validation pictures and report in a sentence whether the model looks.
 
 What this file teaches: "done" is not a result. A run may end with a low loss and captions that are nonsense, or with
 captions that would be the same without the picture. So each of the 64 is captioned twice, with its picture and with
-none; in the classroom, where one caption is right, the right ones are counted, elsewhere CIDEr-D tells how much closer
+none; in the classroom, where one caption is right, the right ones are counted, elsewhere CIDEr-D shows how much closer
 a caption is to its own picture's references than to another's. (evaluate.py does all of this thoroughly.)
 """
 
@@ -44,7 +44,7 @@ def validation_items(examples: Dataset, seed: int) -> list[Item]:
     items = []
     for i in order:
         example = examples[i]
-        # Of a document only a picture that stands first: what follows it may be said of another one.
+        # Of a document only a picture that stands first: what follows it may belong to another one.
         truths = [text[0].caption for text in example.texts if text[0].picture == 0 and text[0].caption]
         items += [Item(example.pictures[0], "", truths, "")] if truths else []
         if len(items) == PICTURES:

@@ -26,7 +26,7 @@ Words = list[str]
 
 @dataclass(frozen=True)
 class Score:
-    """A score with its 95 % interval (None where resampling pictures says nothing), its scale, and over how many."""
+    """A score with its 95 % interval (None where resampling pictures means nothing), its scale, and over how many."""
 
     value: float
     low: float | None
@@ -103,7 +103,7 @@ def bleu_counts(candidates: Sequence[Words], references: Sequence[Sequence[Words
 def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
     """BLEU-1 … BLEU-4 of a set from its counts, summed over pictures: (…, 10) → (…, 4).
 
-    BLEU-n is the geometric mean of the shares of right 1- to n-grams, times a penalty for a set that says too little.
+    BLEU-n is the geometric mean of the shares of right 1- to n-grams, times a penalty for captions that are too short.
     The two tiny numbers against division by zero are pycocoevalcap's.
     """
     length, reference_length = counts[..., 0], counts[..., 1]
@@ -156,7 +156,7 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
 
 
 def _clipped_cosine(predictions: dict[tuple, float], right: dict[tuple, float]) -> float:
-    """Cosine of two weighed n-gram lists, where saying a thing more often than the reference earns nothing."""
+    """Cosine of two weighed n-gram lists, where an n-gram more frequent than in the reference earns no more."""
     norm = math.hypot(*predictions.values()) * math.hypot(*right.values())
     shared = sum(min(weight, right[gram]) * right[gram] for gram, weight in predictions.items() if gram in right)
     return shared / norm if norm else 0.0
@@ -182,7 +182,7 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
 
 def longest_common_subsequence(a: Words, b: Words) -> int:
     """How many words the two share in the same order, gaps allowed."""
-    row = [0] * (len(b) + 1)  # row[j]: the answer for the part of a seen so far and the first j words of b
+    row = [0] * (len(b) + 1)  # row[j]: the length for the part of a seen so far and the first j words of b
     for word in a:
         above = row
         row = [0]
@@ -211,7 +211,7 @@ def exact_match(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def distinct_captions(candidates: Sequence[str]) -> float:
-    """The share of different captions, from 0 to 1. Near 0: the model says the same whatever it is shown."""
+    """The share of different captions, from 0 to 1. Near 0: the model gives the same caption whatever it is shown."""
     return len({normalise(text) for text in candidates}) / len(candidates)
 
 

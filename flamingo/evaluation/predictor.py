@@ -1,7 +1,7 @@
-"""The model under examination: it holds one bank of pictures and answers about them.
+"""The model under evaluation: it holds one bank of pictures and makes predictions about them.
 
-What this file teaches: an evaluation asks about the same pictures again and again (with a cue, without, as an example
-for others). So all pictures are put into one bank first; it is encoded once, when the first answer is needed.
+What this file teaches: an evaluation needs the same pictures again and again (with a cue, without, as an example for
+others). So all pictures are put into one bank first; it is encoded once, when the first prediction is needed.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,12 @@ from flamingo.data.processor import Chunk, FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.evaluation import captioning
 from flamingo.fast.precision import autocast
+from flamingo.interop import compat
 from flamingo.model.vlm import Flamingo
 
 
 class Predictor:
-    """dtype: arithmetic of the run, float32 or bfloat16."""
+    """dtype: precision of the run, float32 or bfloat16."""
 
     def __init__(self, model: Flamingo, processor: FlamingoProcessor, dtype: str = "float32"):
         self.model, self.processor, self.dtype = model, processor, dtype
@@ -53,7 +54,7 @@ class Predictor:
         return self._encoded[1]
 
     def predict(self, texts: Sequence[Sequence[Chunk]], title: str, *, blind: bool = False) -> list[str]:
-        """How the model ends each text; `Chunk.picture` are rows of the bank."""
+        """What the model generates at the end of each text; `Chunk.picture` are rows of the bank."""
         return captioning.continue_texts(
             self.model, self.processor, self.latents, texts, blind=blind, autocast=self.autocast, progress=title
         )
@@ -72,8 +73,8 @@ class Predictor:
         return len(self.processor.encode_chunks([chunk])[0]) - len(self.processor.begin_ids)
 
     def check_room(self, shots: int, examples: Sequence[Chunk], queries: Sequence[Chunk]) -> None:
-        """Raises InputError, naming the number that fits, if the longest examples could leave no room for an answer."""
-        positions = self.model.lang_encoder.max_positions
+        """Raises InputError, naming the number that fits, if the longest examples could leave no room to generate."""
+        positions = compat.max_positions(self.model.lang_encoder)
         if positions is None:
             return
         room = positions - captioning.NEW_TOKENS - len(self.processor.begin_ids) - max(map(self.length, queries))

@@ -4,8 +4,8 @@ What this file teaches: a score on words depends on what a word is. Published BL
 Penn Treebank's idea of it: "a man's dog doesn't." is `a man 's dog does n't`, and the full stop is dropped. The usual
 program for this (Stanford's PTBTokenizer, called by pycocoevalcap) needs Java; this file does the same in plain `re`.
 
-How it works: at each place every rule below is tried, the one that sees the longest stretch of text wins, and its
-group 1 is the token; what a rule sees beyond its group is context. The first rule wins a draw.
+How it works: at each place every rule below is tried, the one that matches the longest stretch of text wins, and its
+group 1 is the token; what a rule matches beyond its group is context. The first rule wins a draw.
 
 Where it stops: the rules are those that captions need. The Java program cuts some other things differently: web and
 e-mail addresses, phone numbers, HTML entities, rare abbreviations, ’ as an opening mark or inside a word (o’clock),

@@ -1,4 +1,4 @@
-"""The whole examination: plan it, carry it out, print it. What `evaluation.json` holds is listed here.
+"""The whole evaluation: plan it, carry it out, print it. What `evaluation.json` holds is listed here.
 
 n, exact_match, exact_match_blind, exact_match_shuffled, exact_match_novel
                         plain numbers; case and spaces do not count (novel: null on captioned sets)
@@ -22,10 +22,11 @@ classification, classification_novel
                         classroom and sets with labels (not novel): the same for "which of these is it?", by
                         likelihood; chance, names (how many)
 fast_binding            classroom: accuracy, low, high, n, chance; novel: the same for novel objects
-attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no name said)
+attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no such name)
 attention               chance, n, pictures; examples: {item, word, grid} as shown in the report
 examples                every item: prompt, said, true (one right caption), right, score (CIDEr-D of this picture)
-data, split, arguments  what was asked;   seconds, seconds_by_part (a part that was kept from before takes none)
+data, split, arguments  what was scored;  seconds, seconds_by_part (a part that was kept from before takes none)
+options, cost, config   of the run: its training options, its summary, its architecture (flat names)
 """
 
 import argparse
@@ -68,7 +69,7 @@ LOOKED_AT = {True: 200, False: 32}  # pictures whose attention is worked out: in
 
 @dataclass
 class Plan:
-    """All that will be asked. rows, novel_rows: the items' pictures in the bank. how: None leaves few-shot out."""
+    """All that will be scored. rows, novel_rows: the items' pictures in the bank. how: None leaves few-shot out."""
 
     test_set: EvaluationSet
     seed: int
@@ -81,7 +82,7 @@ class Plan:
 
 
 def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace) -> Plan:
-    """Put every picture into the bank and every question on the list.
+    """Put every picture into the bank and every query on the list.
 
     Raises InputError for shots that there are too few pictures or positions for.
     """
@@ -123,7 +124,7 @@ def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace
 
 
 def _that_fit(how: FewShot, tasks: dict[str, Task], predictor: Predictor, asked: bool) -> FewShot:
-    """Raises InputError if the shots do not fit and were asked for; of the usual ones those that do are kept."""
+    """Raises InputError if the shots do not fit and were given (`asked`); of the usual ones those that fit are kept."""
     try:
         for task in tasks.values():
             check_shots(task, how, predictor)
@@ -135,7 +136,7 @@ def _that_fit(how: FewShot, tasks: dict[str, Task], predictor: Predictor, asked:
 
 
 def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
-    """Ask everything → what evaluation.json holds, but for the last two lines above."""
+    """Carry it out → what evaluation.json holds, but for the keys that evaluate.py adds."""
     test_set, took = todo.test_set, {}
 
     def timed(name: str, work: Callable):
@@ -204,7 +205,7 @@ def few_shot_results(todo: Plan, predictions: dict[str, list[str]], predictor: P
 
 
 def attention_results(todo: Plan, predictions: dict[str, list[str]], predictor: Predictor) -> dict:
-    """`attention_hit_rate` and `attention`. These pictures are encoded once more: the resampler must be watched."""
+    """`attention_hit_rate` and `attention`. These pictures are encoded once more, for the resampler's attention."""
     test_set = todo.test_set
     items, captions = (
         test_set.items[: LOOKED_AT[test_set.classroom]],

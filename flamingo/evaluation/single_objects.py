@@ -1,13 +1,13 @@
-"""Two exams on classroom pictures of one object: which of these is it, and can a name be learned from one showing?
+"""Two tests on classroom pictures of one object: which of these is it, and can a name be learned from one showing?
 
 What this file teaches: *fast binding*. Two examples give made-up names to two drawn things, and a third picture shows
 one of them again, elsewhere, at another size, on another ground:
 
     <image> dax<|endofchunk|><image> wug<|endofchunk|><image>        dax or wug?
 
-The names mean nothing before and the order says nothing, so only a model that compares the third picture with the
+The names mean nothing before and the order gives no hint, so only a model that compares the third picture with the
 first two can know; all others are right half of the time. (The Open-Ended MiniImageNet task of Tsimpoukelli et al.
-2021, "Frozen".) The answer is the likelier of the two names, its <|endofchunk|> included.
+2021, "Frozen".) The prediction is the likelier of the two names, its <|endofchunk|> included.
 """
 
 import random
@@ -48,7 +48,7 @@ def add_single_objects(predictor: Predictor, split: str, seed: int, most_names: 
 
 # ------------------------------------------------------------------------------------------- classification
 def classification_task(name: str, singles: Singles, n: int) -> Task:
-    """Which of these objects is it? The first scenes of each name are for examples, the others are asked about."""
+    """Which of these objects is it? The first scenes of each name are for examples, the others are queries."""
 
     def ask(row: int, scene: scenes.Scene) -> Chunk:
         answer = scenes.with_article(scene.names[0])
@@ -70,7 +70,7 @@ def classification_task(name: str, singles: Singles, n: int) -> Task:
 # --------------------------------------------------------------------------------------------- fast binding
 @dataclass(frozen=True)
 class Episode:
-    """Two shown pictures (rows of the bank) with their made-up names, the asked picture, and which of the two it is."""
+    """Two shown pictures (rows of the bank) with their made-up names, the query picture, and which of the two it is."""
 
     shown: tuple[int, int]
     names: tuple[str, str]
@@ -83,7 +83,7 @@ class Episode:
 
 
 def binding_episodes(singles: Singles, n: int, seed: int) -> list[Episode]:
-    """n episodes; the two objects, their names, their order and which is asked are drawn at random."""
+    """n episodes; the two objects, their names, their order and which is the query are drawn at random."""
     episodes = []
     for i in range(n):
         rng = random.Random(f"binding {seed} {i}")

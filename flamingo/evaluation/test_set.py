@@ -1,6 +1,6 @@
-"""What a model is examined on: pictures with their right captions, and a pool of pictures to give as examples.
+"""The test set: pictures with their right captions, and a pool of pictures to give as examples.
 
-What this file teaches: an exam has three parts that must not mix. The *items* are scored; *novel* items (classroom
+What this file teaches: a test set has three parts that must not mix. The *items* are scored; *novel* items (classroom
 only) show things that training never showed; *support* pictures come from the training split and are only ever shown
 as solved examples.
 """
@@ -27,20 +27,20 @@ from flamingo.data.captions import CaptionedPictures, load_captions
 from flamingo.errors import InputError
 
 SUPPORT = 512  # pictures to draw examples from, at most; OpenFlamingo draws from 2048
-FEW_SUPPORT = 64  # a small exam of n items has n of them, but at least so many
+FEW_SUPPORT = 64  # a small test set of n items has n of them, but at least so many
 
 
 def support_size(n: int) -> int:
-    """How many pictures to draw examples from, in an exam of n items."""
+    """How many pictures to draw examples from, for a test set of n items."""
     return min(SUPPORT, max(FEW_SUPPORT, n))
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture, what the model is told, the captions that are right, and its group in the table.
+    """A picture, its prompt, the captions that are right, and its group in the table.
 
-    scene: what is drawn, for a classroom picture. style: how its caption is told. questions, label: what a captioned
-    set asks about the picture, and its class name.
+    scene: what is drawn, for a classroom picture. style: that of its caption. questions, label: what a captioned set
+    asks about the picture, and its class name.
     """
 
     picture: Image.Image
@@ -80,7 +80,7 @@ class EvaluationSet:
     left_out: int | None = None
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when a caption, a prompt, a question or a class of the exam does."""
+        """16 hex digits that change when a caption, a prompt, a question or a class of the test set does."""
         words = [
             (item.prompt, *item.truths, item.questions, item.label)
             for item in (*self.items, *self.novel, *self.support)
@@ -90,10 +90,8 @@ class EvaluationSet:
 
 # ----------------------------------------------------------------------------------------------------- classroom
 def classroom_items(split: str, n: int, seed: int) -> list[Item]:
-    """n scenes of a split; the style goes round and is named by its cue. Grouped by number of objects.
-
-    (The seed is kept apart from those of training, whose scenes come from other splits in any case.)
-    """
+    """n scenes of a split, which no other split shares; the style goes round and is named by its cue. Grouped by number
+    of objects."""
     items = []
     for i in range(n):
         scene = scenes.make_scene(seed, split, i)
@@ -168,8 +166,8 @@ def captioned_test_set(
         labels = labels_of(examples.rows, columns.label)
         order = each_name_in_turn([labels[row] for row in examples.kept])
         names = class_names([examples.rows, train.rows], columns.label)
-    # A set of one split is its own training split, and so is --split train: half of it is asked about, the other half
-    # gives the examples.
+    # A set of one split is its own training split, and so is --split train: half of it is scored, the other half gives
+    # the examples.
     shared = set(examples.kept) & set(train.kept) if train.fingerprint == examples.fingerprint else set()
     chosen_items = order[: min(n, max(2, len(examples) // 2))] if shared else order[:n]
     asked = {examples.kept[i] for i in chosen_items} if shared else set()

@@ -55,7 +55,7 @@ def normalise_answer(answer: str) -> str:
 def vqa_accuracies(answers: Sequence[str], human_answers: Sequence[Sequence[str]]) -> np.ndarray:
     """The accuracy of each answer, (N,), from 0 to 1.
 
-    human_answers: those of the people asked (10 in VQAv2). Each of them is left out in turn; the answer earns
+    human_answers: one by each annotator (10 in VQAv2). Each of them is left out in turn; the answer earns
     min(how many of the others gave it / 3, 1), and the mean of these counts. As in the official program nothing is
     normalised where all people gave the same answer. Raises InputError for a question with fewer than 2 human answers.
     """

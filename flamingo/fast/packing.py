@@ -89,7 +89,7 @@ class PackedTextsMixin:
         if text.input_ids is None or not layout.on_the_right or len(layout.places) == len(layout.tokens):
             return super().labelled_hidden_states(text, layout)  # nothing to gain, or padding on the left
         lm = self.lang_encoder
-        media_mask = lm.condition_on_text(text.input_ids)
+        media_mask = lm.condition_on_text(text.input_ids)  # base_model below goes around the mixin, which does this
         if media_mask is not None:
             for layer in lm._get_decoder_layers():
                 layer.condition_media_locations(PackedMediaMask(**vars(media_mask), layout=layout))

@@ -1,6 +1,6 @@
 """The diagrams of README and the notebooks, drawn from the model itself.
 
-    python -m flamingo.diagrams            writes the five .svg files of assets/
+    python -m flamingo.figures.diagrams            writes the five .svg files of assets/
 
 What this file teaches: a diagram need not be believed when it is made by the code it explains. The shapes are read off
 a live model by forward hooks, the mask is what `media_attention_mask` returns. So a diagram cannot grow old unnoticed.
@@ -63,7 +63,7 @@ def architecture(path: Path) -> None:
     card.box(right, 16, w, 34, f"{WORDS} As a list:", DATA, 13)
     card.arrow((right + w / 2, 50), (right + w / 2, 78))
     card.text(right + w / 2 + 10, 64, f"token ids {shape(inputs['input_ids'])}", ha="left")
-    card.box(right, 78, w, 40, "word vectors", FROZEN, 14)
+    card.box(right, 78, w, 40, "token embeddings", FROZEN, 14)
     y, step = 140, 92
     trunk = right - 32  # where the latents go up beside the language model
     for i in range(len(layers)):
@@ -86,7 +86,7 @@ def architecture(path: Path) -> None:
     card.text(left + 32, 569, "frozen: as it came", ha="left")
     card.box(left, 530, 22, 18, "", TRAINED)
     card.text(left + 32, 539, "trained: all that is new", ha="left")
-    card.text(left, 500, f"the two new words ({WORDS}, <|endofchunk|>)\nare trained as well", 12, SOFT, ha="left")
+    card.text(left, 500, f"the added tokens ({WORDS}, <|endofchunk|>)\nare trained as well", 12, SOFT, ha="left")
     card.save(path)
 
 
@@ -140,20 +140,22 @@ def flamingo_layer(path: Path) -> None:
 def mask_panel(
     axes: plt.Axes, words: Sequence[str], only_immediate: bool = True, pictures: Sequence = (), size: float = 8
 ) -> Tensor:
-    """One text, written left to right; a filled cell where its word sees a picture. → the mask (T_txt, T_img) drawn.
+    """One text, written left to right; a filled cell where its token sees a picture. → the mask (T_txt, T_img) drawn.
 
     words: "<image>" announces a picture. pictures: drawn at the left; numbers if there are none. size: of letters.
     """
     media = torch.tensor([[word == WORDS for word in words]])  # (1, T_txt)
     count = int(media.sum())
-    sight = media_attention_mask(media, torch.arange(count)[None], only_immediate)
-    sees = sight.sees_image[0].expand(-1, count) if sight.mask is None else sight.mask[0]  # (T_txt, T_img)
+    media_mask = media_attention_mask(media, torch.arange(count)[None], only_immediate)
+    sees = (
+        media_mask.sees_image[0].expand(-1, count) if media_mask.mask is None else media_mask.mask[0]
+    )  # (T_txt, T_img)
     for t, word in enumerate(words):
         for k in range(count):
             color = PICTURE_COLORS[k % len(PICTURE_COLORS)] if sees[t, k] else "#f3f4f6"
             axes.add_patch(plt.Rectangle((t + 0.04, count - 1 - k + 0.06), 0.92, 0.88, fc=color, ec="none"))
         latest = int(media[0, : t + 1].sum()) - 1
-        color = PICTURE_COLORS[latest % len(PICTURE_COLORS)] if sight.sees_image[0, t] else SOFT
+        color = PICTURE_COLORS[latest % len(PICTURE_COLORS)] if media_mask.sees_image[0, t] else SOFT
         axes.text(t + 0.5, count + 0.16, word, ha="center", va="bottom", fontsize=size, color=color)
     for k in range(count):
         if pictures:
@@ -236,7 +238,7 @@ if __name__ == "__main__":
 
     drawn = {
         "architecture": architecture, "resampler": resampler, "flamingo_layer": flamingo_layer,
-        "media_attention_mask": masks, "bank": bank,
+        "who_sees_what": masks, "bank": bank,
     }  # fmt: skip
     for name, draw in drawn.items():
         draw(asset(f"{name}.svg"))

@@ -67,7 +67,7 @@ def _line(axes: plt.Axes, table: dict, name: str, label: str, color: str, style:
 
 
 def few_shot_figure(result: dict) -> bytes | None:
-    """Captions against the number of examples: with pictures, with their words only, and for novel objects."""
+    """Captions against the number of examples: with pictures, with their texts only, and for novel objects."""
     table = result["shots"]
     if not table:
         return None
@@ -133,7 +133,7 @@ def attention_figure(
     picture: Image.Image, words: Sequence[tuple[str, Sequence[Sequence[float]]]],
     boxes: dict[str, Sequence[tuple[int, int, int, int]]],
 ) -> bytes:  # fmt: skip
-    """A picture, and where the model looked as it said each word.
+    """A picture, and where the model looked as it generated each word.
 
     words: (word, grid of attention). boxes: word → where such things stand, (left, top, right, bottom) in pixels.
     """

@@ -1,7 +1,8 @@
 """The diagrams of the pictures' way to the language model: the resampler, and the bank that texts point into.
 
 What this file teaches: the two economies of Flamingo. However many patches a picture or a film has, it becomes n
-latents; and however many texts speak of a picture, it is encoded once. Written by `python -m flamingo.diagrams`.
+latents; and however many texts are about a picture, it is encoded once. Written by
+`python -m flamingo.figures.diagrams`.
 """
 
 import textwrap
@@ -23,7 +24,7 @@ FRAME_COLORS = (PICTURE_COLORS[0], PICTURE_COLORS[3], PICTURE_COLORS[2])  # no b
 
 # ------------------------------------------------------------------------------------------------- the resampler
 def key_list(card: Card, resampler: PerceiverResampler, features: Tensor, x: float, y: float, alpha: float = 1.0):
-    """What the latents of the first layer look at, drawn as cells: patches in the colour of their frame, then latents.
+    """What the latents of the first layer attend to, as cells: patches in the colour of their frame, then latents.
 
     features: (1, F, v, d). → keys (1, h, F·v + n, c), and where the list ends.
     """
@@ -49,7 +50,7 @@ def resampler(path: Path) -> None:
     with torch.no_grad():
         out = perceiver(still)
         queries, _, _ = perceiver.layers[0][0].queries_keys_values(still.flatten(1, 2), perceiver.latents[None])
-        assert perceiver(features).shape == out.shape  # what the diagram says
+        assert perceiver(features).shape == out.shape  # what the diagram shows
 
     card = Card(800, 668)
     left, x, w, stream = 44, 250, 290, 690  # of the lists, of the boxes, of the latents on their way up

@@ -65,7 +65,7 @@ def samples_figure(
     truths: Sequence[str],
     prompts: Sequence[str],
 ) -> None:
-    """Pictures with what the model says and what is true; green where both agree."""
+    """Pictures with the predicted and the true caption; green where both agree."""
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.8 * rows), squeeze=False, layout="constrained")

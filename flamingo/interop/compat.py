@@ -215,7 +215,7 @@ def check_values(holds: Tensor, mistake: Callable[[int], str]) -> None:
         if not holds.all():
             raise ValueError(mistake(int((~holds).nonzero()[0, 0])))
     else:
-        torch._assert_async(holds.all(), "image_index or <image> tokens point at pictures that are not there")
+        torch._assert_async(holds.all(), "a check of image_index or <image> tokens failed: on a CPU it has a sentence")
 
 
 # ------------------------------------------------------------------------------------------------- torch: oneDNN

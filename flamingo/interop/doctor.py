@@ -34,7 +34,7 @@ def doctor() -> None:
     model, processor, _ = load_model(asset("classroom/flamingo"))
     model.to(device)
     fast = enable(model)
-    batch = Collate(processor, 128)([ClassroomScenes("validation")[i] for i in range(16)])
+    batch = Collate(processor, 128, layout=True)([ClassroomScenes("validation")[i] for i in range(16)])
     dtype = "bfloat16" if bf16_is_faster(model.train(), batch.to(device).inputs(), device) else "float32"
     print(f"{'dtype auto':18}{dtype}")
     if device.type == "cpu" and not compat.has_onednn(torch.float32):

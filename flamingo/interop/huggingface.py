@@ -48,7 +48,8 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
 
-    def __init__(self, config: FlamingoConfig, built: Built | None = None):
+    def __init__(self, config: FlamingoConfig | None, built: Built | None = None):
+        """built: a model that is there already, with its own config; the config given is then not read."""
         built = built or build_flamingo(config.model_config())
         super().__init__(FlamingoConfig.of_model_config(built.config))
         self.flamingo, self.processor = built.model, built.processor
@@ -68,7 +69,7 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
         if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
             raise InputError(f"device_map={device_map!r}: name one device, such as 'cuda'")
         built = load_model(find_folder(pretrained_model_name_or_path, options))
-        model = cls(FlamingoConfig.of_model_config(built.config), built).eval()
+        model = cls(None, built).eval()
         model = model if device_map is None else model.to(device_map)
         return model if dtype in (None, "auto") else model.to(dtype)
 

@@ -130,7 +130,7 @@ def import_weights(model: Flamingo, path: str | Path) -> str:
     try:
         load_trained(model, renamed | rows, f"{path} ({peer})")
     except InputError as error:
-        raise InputError(f"{error}: build the model with the settings of flamingo/peers.py") from None
+        raise InputError(f"{error}: build the model with the settings of flamingo/interop/peers.py") from None
     return f"{path}: {len(renamed)} tensors of {peer} loaded, {about_rows}"
 
 

@@ -51,7 +51,7 @@ class DecoupledEmbedding(nn.Embedding):
 
 
 class DecoupledLinear(nn.Linear):
-    """A frozen language-model head and a few trainable output rows: hidden states (…, D) → logits (…, vocabulary)."""
+    """A head, frozen elsewhere, and a few trainable output rows: hidden states (…, D) → logits (…, vocabulary)."""
 
     def __init__(self, head: nn.Linear, first_id: int, count: int):
         rows, dim = head.weight.shape
@@ -79,6 +79,8 @@ class DecoupledLinear(nn.Linear):
 def decouple_added_tokens(lm: nn.Module, ids: list[int]) -> None:
     """Give a Hugging Face causal language model trainable rows for the consecutive `ids`, in and out. In place."""
     first, count = min(ids), len(ids)
+    if sorted(ids) != list(range(first, first + count)):
+        raise ValueError(f"the ids of the added tokens must be consecutive, not {sorted(ids)}")
     lm.set_input_embeddings(DecoupledEmbedding(lm.get_input_embeddings(), first, count))
     lm.set_output_embeddings(DecoupledLinear(lm.get_output_embeddings(), first, count))
     # By this number transformers finds a token and its beam again among the scores of all beams.

@@ -3,10 +3,11 @@
 What this file teaches, in three steps:
 
 1. Who sees what, `media_attention_mask`: a text token attends to one picture, the last one that was mentioned before
-   it; a token before the first picture attends to none. This function alone knows the rule.
+   it; a token before the first picture attends to none. (`mask_of_next_tokens` is the same rule for tokens that
+   follow a text already read; nothing else knows it.)
 2. `MaskedCrossAttention`: queries from the text, keys and values from the picture's latents, that rule as the mask.
 3. `GatedCrossAttentionBlock`: attention and a feed-forward, each behind tanh(gate), and the gates start at 0. So a
-   fresh block changes nothing: the language model it is put into is still, bit for bit, the language model it was.
+   fresh block changes nothing: the language model it is put into is still, bit for bit, the one it was.
 
 Letters: B texts, T_txt tokens, D text width; N pictures in the bank, n latents each, d wide; T_img picture slots of a
 text; h heads, c channels of a head. (Flamingo paper, section 3.1.2 and figure 4.)
@@ -29,7 +30,8 @@ class Images:
     """The pictures of a batch: a bank, and who points at it. *Encode once, index many*: five captions of one picture,
     the beams of a search and the steps of a decode never encode, resample or project the same picture twice.
 
-    latents: (N, n, d) the bank. image_index: (B, T_img) rows of the bank, -1 for an empty slot.
+    latents: (N, n, d) the bank. image_index: (B, T_img) rows of the bank in the text's order; -1 for an empty slot, and
+        these come last.
     texts_per_image: K if the texts stand in the bank's order, K to each picture (index 0 0 0 1 1 1 …); None if that is
         not known. It is known where the index is made and never looked up in it: on a GPU a look is a wait.
     """
@@ -46,7 +48,7 @@ class MediaMask:
     image_index: (B, T_img) which picture of the bank stands in each slot (0 where the slot is empty: never seen).
     mask: (B, T_txt, T_img) may this token look at this slot? None if every token sees slot 0 or nothing.
     sees_image: (B, T_txt, 1) does the token see any picture at all? Its attention is exactly 0 if not.
-    texts_per_image: see `Images`. Nothing in this file needs it; fast/grouped_attention.py does.
+    texts_per_image: that of `Images` times the beams. Nothing in this file needs it; fast/grouped_attention.py does.
     """
 
     image_index: Tensor
@@ -77,7 +79,7 @@ def media_attention_mask(media_locations: Tensor, image_index: Tensor, only_imme
     )
     compat.check_values(text_time[:, -1] <= count, too_many)
     image_time = torch.arange(1, image_index.shape[1] + 1, device=image_index.device)  # (T_img,)
-    seen = text_time[:, :, None] >= image_time  # (B, T_txt, T_img): this slot or a later one
+    seen = text_time[:, :, None] >= image_time  # (B, T_txt, T_img): the token is behind this slot's <image>
     if only_immediate:
         seen = text_time[:, :, None] == image_time
     one_slot = image_index.shape[1] == 1

@@ -1,16 +1,16 @@
-"""Extending a live language model: every decoder layer learns to look at pictures before it does its own work.
+"""Extending a live language model: chosen decoder layers look at pictures before they do their own work.
 
 What this file teaches: how Flamingo gets into a Hugging Face model without changing a line of its source.
 
     lm = AutoModelForCausalLM.from_pretrained("facebook/opt-125m", dtype=torch.float32)
     extend_instance(lm, FlamingoLMMixin)          # the same object, of a new class with new abilities
-    lm.init_flamingo(...)                         # each decoder layer becomes FlamingoLayer(cross-attention, layer)
+    lm.init_flamingo(...)                         # a chosen layer becomes FlamingoLayer(cross-attention, layer)
 
     with lm.conditioned(images):                  # the pictures are laid beside the text, and taken away afterwards
         lm(input_ids=...)
 
-Outside `conditioned` the model is the frozen language model it was, whatever has been trained. (The mixin and the
-names of its methods follow open_flamingo.)
+Outside `conditioned` no cross-attention acts: a frozen language model is then the one it was, whatever has been trained
+beside it. (The mixin and the names of its methods follow open_flamingo.)
 """
 
 import functools
@@ -147,8 +147,8 @@ class FlamingoLMMixin:
 
         Args:
             images: the bank and who points at it; None: the texts have <image> tokens but nothing to see (blind).
-            media_locations: (B, T_txt) bool, where the pictures are announced in the whole text so far; at the <image>
-                tokens of each call if not given.
+            media_locations: (B, T_txt) bool, where the pictures are in the whole text so far. Without them they are at
+                the <image> tokens of the first call, and tokens of later calls see what its last token saw.
             generating: the calls inside are steps of one text, so keys and values of the pictures are kept.
         """
         try:
@@ -193,11 +193,13 @@ class FlamingoLMMixin:
 
     def _media_mask(self, tokens: Tensor, read: int) -> MediaMask:
         """A text from its beginning, or the next tokens of one of which `read` were read."""
-        images, length = self._images, tokens.shape[1]
-        beams = tokens.shape[0] // images.image_index.shape[0]  # beams and samples of a text stand side by side
+        images, length, end = self._images, tokens.shape[1], read + tokens.shape[1]
+        beams, rest = divmod(len(tokens), len(images.image_index))  # beams and samples of a text stand side by side
+        if rest or (beams != 1 and not self._is_generating):
+            raise ValueError(f"{len(tokens)} texts, but pictures for {len(images.image_index)}")
         image_index = images.image_index.repeat_interleave(beams, dim=0)
         media_locations = self._media_locations
-        if read and (media_locations is None or media_locations.shape[1] < read + length):
+        if read and (media_locations is None or media_locations.shape[1] < end):
             if self._images_read is None:
                 raise ValueError("to continue a text, say where its pictures are: media_locations of all of it")
             images_read = self._images_read.repeat_interleave(tokens.shape[0] // len(self._images_read), dim=0)
@@ -208,12 +210,12 @@ class FlamingoLMMixin:
                     raise ValueError("inputs_embeds do not say where the pictures are: give media_locations as well")
                 media_locations = tokens == self.media_token_id
             else:  # what has been generated since has no pictures
-                media_locations = F.pad(media_locations.bool(), (0, max(0, read + length - media_locations.shape[1])))
+                media_locations = F.pad(media_locations.bool(), (0, max(0, end - media_locations.shape[1])))
                 media_locations = media_locations.repeat_interleave(beams, dim=0)
-            self._images_read = media_locations.sum(dim=1)
+            self._images_read = media_locations[:, :end].sum(dim=1)
             media_mask = media_attention_mask(media_locations, image_index, self.only_immediate_media)
-            media_mask.sees_image = media_mask.sees_image[:, -length:]  # of the tokens of this call
-            media_mask.mask = None if media_mask.mask is None else media_mask.mask[:, -length:]
+            media_mask.sees_image = media_mask.sees_image[:, end - length : end]  # of the tokens of this call
+            media_mask.mask = None if media_mask.mask is None else media_mask.mask[:, end - length : end]
         if images.texts_per_image is not None:
             media_mask.texts_per_image = images.texts_per_image * beams
         return media_mask

@@ -7,6 +7,9 @@ What this file teaches: a vision-language model is four steps, and Flamingo is o
     fuse       latents beside the text       gated cross-attention (trained)       cross_attention.py, language_model.py
     predict    the next token                a frozen language model, with         added_tokens.py
 
+Letters, everywhere: B texts of T_txt tokens, D wide, with T_img picture slots each; a *bank* of N different pictures, F
+frames each, v patches a frame, d wide, n latents a picture. Texts point into the bank by row.
+
 Read the five files in this order: vlm, resampler, cross_attention, language_model, added_tokens. They are Flamingo as
 the paper has it, and run alone (`python train.py --plain`). flamingo/fast gives the same numbers sooner, from outside.
 """
@@ -74,7 +77,8 @@ class VisionLanguageModel(TextGeneration, nn.Module):
 
     Args:
         vision_encoder: frozen, (N, C, H, W) → (N, v, d).
-        vision_tokenizer: any module (N, F, v, d) → (N, n, d') with the attributes `num_latents` (n) and `dim` (d').
+        vision_tokenizer: any module (N, F, v, d) → (N, n, d') with parameters, and the attributes
+            `num_latents` (n) and `dim` (d').
         lang_encoder: a Hugging Face causal language model.
         fusion: `fusion(images, text, generating)` is a context in which the language model sees the images, and gives
             the Text to call it with.
@@ -86,17 +90,18 @@ class VisionLanguageModel(TextGeneration, nn.Module):
         tokens: SpecialTokens,
     ):  # fmt: skip
         super().__init__()
-        self.vision_encoder = vision_encoder
+        self.vision_encoder = vision_encoder.requires_grad_(False)
         self.perceiver = vision_tokenizer  # OpenFlamingo's name for it, in every checkpoint
         self.lang_encoder, self.fusion = lang_encoder, fusion
         self.media_token_id, self.eoc_token_id, self.pad_token_id = tokens
-        self.trains_language_model = False
+        self.train_language_model(False)
 
     vision_tokenizer = property(lambda self: self.perceiver)
 
     # ---------------------------------------------------------------------------------------- what trains
     def train(self, mode: bool = True) -> "VisionLanguageModel":
-        """Frozen parts stay in eval mode: a frozen model with dropout would not be the same model from step to step."""
+        """Frozen parts stay in eval mode: a frozen model with dropout would not be the same model from step to step.
+        (So do the blocks inside the language model, which have no dropout.)"""
         super().train(mode)
         self.vision_encoder.eval()
         self.lang_encoder.train(mode and self.trains_language_model)
@@ -128,24 +133,19 @@ class VisionLanguageModel(TextGeneration, nn.Module):
         return rearrange(features, "(N F) v d -> N F v d", N=len(pixel_values))
 
     def tokenize_images(self, features: Tensor, image_index: Tensor | None = None) -> Tensor:
-        """(N, F, v, d) → (N, n, d). image_index: (B, T_img), for a tokenizer that asks where a picture stands."""
+        """(N, F, v, d) → (N, n, d'). image_index: (B, T_img), for a tokenizer that needs a picture's place."""
         return self.vision_tokenizer(features)
 
     def prepare_images(
-        self,
-        pixel_values: Tensor | None = None,
-        features: Tensor | None = None,
-        latents: Tensor | None = None,
-        image_index: Tensor | None = None,
-        texts_per_image: int | None = None,
-        blind: bool = False,
-    ) -> Images | None:
+        self, pixel_values: Tensor | None = None, features: Tensor | None = None, latents: Tensor | None = None,
+        image_index: Tensor | None = None, texts_per_image: int | None = None, blind: bool = False,
+    ) -> Images | None:  # fmt: skip
         """Whatever form the pictures come in → the bank of latents and who points at it; None if blind.
 
         Args:
             pixel_values (…, F, C, H, W), features (…, F, v, d), latents (…, n, d): one of them. … is B, T_img
                 in the plain case (every text brings its own pictures), and N, a bank, with one of the next two.
-            image_index: (B, T_img) rows of the bank, -1 for an empty slot.
+            image_index: (B, T_img) rows of the bank in the order of the text; -1 for an empty slot, and these last.
             texts_per_image: in place of an index, K texts to each picture, in the bank's order.
             blind: take the pictures away, a control; none need be given then.
 
@@ -174,6 +174,8 @@ class VisionLanguageModel(TextGeneration, nn.Module):
         else:
             beyond = lambda i: f"image_index points at picture {int(image_index[i].max())} of {len(given[name])}"  # noqa: E731
             compat.check_values(image_index < len(bank), beyond)
+            in_order = (image_index[:, :-1] >= 0) | (image_index[:, 1:] < 0)
+            compat.check_values(in_order, lambda i: f"image_index of text {i} has an empty slot before a picture")
             texts_per_image = None  # the index is what counts
         if name == "pixel_values":
             bank = self.encode_images(bank)
@@ -184,21 +186,11 @@ class VisionLanguageModel(TextGeneration, nn.Module):
 
     # --------------------------------------------------------------------------------------- fuse, predict
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        media_locations: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        features: Tensor | None = None,
-        latents: Tensor | None = None,
-        image_index: Tensor | None = None,
-        texts_per_image: int | None = None,
-        blind: bool = False,
-        **lm_options,
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
+        media_locations: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None, features: Tensor | None = None, latents: Tensor | None = None,
+        image_index: Tensor | None = None, texts_per_image: int | None = None, blind: bool = False, **lm_options,
+    ):  # fmt: skip
         """The language model's own output: `.logits` (B, T_txt, vocabulary), and `.loss` if there are labels.
 
         Args: see `Text` and `prepare_images`. lm_options: the language model's (use_cache, output_hidden_states, …).
@@ -244,7 +236,7 @@ class Flamingo(VisionLanguageModel):
         )  # fmt: skip
         decouple_added_tokens(lang_encoder, sorted((tokens.image, tokens.eoc)))
         fusion = CrossAttentionFusion(lang_encoder)
-        super().__init__(vision_encoder.requires_grad_(False), vision_tokenizer, lang_encoder, fusion, tokens)
+        super().__init__(vision_encoder, vision_tokenizer, lang_encoder, fusion, tokens)
         self.train(False)
 
     def added_parts(self) -> list[nn.Module]:
@@ -252,7 +244,7 @@ class Flamingo(VisionLanguageModel):
         return [*super().added_parts(), *blocks]
 
     def tokenize_images(self, features: Tensor, image_index: Tensor | None = None) -> Tensor:
-        if image_index is None or self.vision_tokenizer.media_time_embs is None:
+        if image_index is None or getattr(self.vision_tokenizer, "media_time_embs", None) is None:
             return self.vision_tokenizer(features)
         return self.vision_tokenizer(features, self._place_of_each_picture(image_index, len(features)))
 

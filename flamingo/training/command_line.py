@@ -1,4 +1,4 @@
-"""The command line of train.py: what `--help` prints. (Imports nothing heavy, so that it answers in a second.)"""
+"""The command line of train.py: what `--help` prints. (Imports nothing heavy, so that it appears in a second.)"""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, metrics.jsonl, the figures, samples as it goes, and the summary."""
+"""What a run reports: the progress bar, metrics.jsonl, the figures, samples as it goes, and the summary."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ class RunLog:
             print(f"{len(skipped)} pictures or captions were left out: see {folder}/skipped.txt")
 
     def _take_up(self, file: Path, steps_done: int) -> None:
-        """A resumed run: what was told up to the point it goes on from counts; what came after will be told again."""
+        """A resumed run: entries up to the point it goes on from count; those after it will be written again."""
         lines = file.read_text(encoding="utf-8").splitlines() if steps_done else []
         kept = [entry for entry in map(_entry, lines) if entry and entry["step"] <= steps_done]
         write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
@@ -107,11 +107,14 @@ class RunLog:
         autocast: AbstractContextManager,
         bar: tqdm,
     ) -> None:
-        """Caption a few validation pictures, say two, draw all."""
+        """Caption a few validation pictures, print two, draw all."""
         rng = random.Random(f"samples {self.options.seed} {len(self.validations)}")
         drawn = (examples[i] for i in rng.sample(range(len(examples)), min(2 * SHOWN, len(examples))))
         first = ((e.pictures[0], next(c for c in e.texts[0] if c.picture == 0)) for e in drawn)
-        pictures, chunks = zip(*[(picture, c) for picture, c in first if c.caption][:SHOWN], strict=True)
+        shown = [(picture, chunk) for picture, chunk in first if chunk.caption][:SHOWN]
+        if not shown:  # documents whose first pictures have no captions
+            return
+        pictures, chunks = zip(*shown, strict=True)
         prompts, truths = [chunk.prompt for chunk in chunks], [chunk.caption for chunk in chunks]
         model.eval()
         with autocast:
@@ -119,14 +122,14 @@ class RunLog:
             predictions = caption(model, processor, latents, prompts)
         model.train()
         for prediction, truth in list(zip(predictions, truths, strict=True))[:2]:
-            bar.write(f"    says: {prediction!r}   true: {truth!r}")
+            bar.write(f"    predicted: {prediction!r}   true: {truth!r}")
         write_atomically(
             self.folder / "samples.png",
             lambda path: run_figures.samples_figure(path, pictures, predictions, truths, prompts),
         )
 
     def summary(self, device: torch.device, dtype: str) -> dict:
-        """What is left to say at the end."""
+        """What is left to report at the end."""
         self.metrics.close()
         seconds = time.time() - self.began
         return {

@@ -27,7 +27,7 @@ FILE = "resume.safetensors"
 def save_resume_point(
     folder: Path, model: Flamingo, optimizer: torch.optim.Optimizer, options: TrainingOptions, step: int, dtype: str
 ) -> None:
-    """Remember everything after `step` steps. dtype: the arithmetic that was chosen at the start."""
+    """Remember everything after `step` steps. dtype: the precision that was chosen at the start."""
     tensors = {f"model.{name}": tensor for name, tensor in model.trainable_state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
@@ -50,7 +50,7 @@ def read_facts(folder: Path) -> dict:
 
 
 def options_to_resume(folder: Path, overrides: dict) -> TrainingOptions:
-    """The options a run was started with. Raises InputError if one is `said` that differs: it would be another run."""
+    """The options a run was started with. Raises InputError if one of `overrides` differs: it would be another run."""
     started_with = read_facts(folder)["options"]
     for name, value in overrides.items():
         if started_with.get(name) != value:

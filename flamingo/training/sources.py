@@ -8,7 +8,7 @@ from flamingo.data.captions import load_captions
 from flamingo.errors import InputError
 
 SCENES = 100_000  # of a split
-CURRICULUM_SHARE = 0.2  # share of a classroom run that is first lessons
+CURRICULUM_SHARE = 0.2  # share of a classroom run that is curriculum
 
 
 def uses_classroom(options: TrainingOptions) -> bool:
@@ -22,7 +22,7 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
         if options.preset != "classroom":
             raise InputError(f"the preset {options.preset} needs data: name it with --data")
         examples = options.steps * options.accumulate * options.batch_size
-        # At least as many scenes as the run shows: a second epoch would begin with the first lessons again.
+        # At least as many scenes as the run shows: a second epoch would show the curriculum again.
         size = max(SCENES, examples)
         train = ClassroomScenes("train", options.seed, size, curriculum=int(CURRICULUM_SHARE * examples))
         return train, ClassroomScenes("validation", options.seed, SCENES)

@@ -1,0 +1,71 @@
+"""What train.py says at its end: how many captions are right, or plainly that the model does not look."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from PIL import Image
+
+from flamingo.classroom.examples import ClassroomScenes
+from flamingo.data.batches import Example
+from flamingo.data.processor import Chunk
+from flamingo.evaluation import first_look as module
+from flamingo.evaluation.first_look import first_look, validation_items
+from flamingo.files import asset
+from flamingo.training.checkpoint import load_model
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return load_model(asset("classroom/flamingo"))
+
+
+class Captioned:
+    """Four plain pictures with the captions a classroom model gives or does not give."""
+
+    def __init__(self, captions):
+        self.captions = captions
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, i):
+        return Example([Image.new("RGB", (96, 96), (60 * i, 80, 20))], [[Chunk(0, "", c)] for c in self.captions[i]])
+
+
+def test_the_trained_classroom_model_looks(trained):
+    model, processor, _ = trained
+    look = first_look(model, processor, ClassroomScenes("validation"), nullcontext, seed=0)
+    right = round(look.facts["own"] * 64)
+    assert look.looks and right >= 58 and look.facts["blind"] < 0.1 and look.facts["n"] == 64
+    assert look.sentence.startswith(f"{right} of 64 validation captions are exactly right, ")
+
+
+def test_closed_gates_are_no_better_than_blind_and_that_is_said(trained, monkeypatch):
+    monkeypatch.setattr(module, "PICTURES", 8)
+    model, processor, _ = trained
+    gates = [p for name, p in model.named_parameters() if name.endswith("attn_gate")]
+    values = [gate.detach().clone() for gate in gates]
+    with torch.no_grad():
+        try:
+            for gate in gates:
+                gate.zero_()
+            look = first_look(model, processor, ClassroomScenes("validation"), nullcontext, seed=0)
+        finally:
+            for gate, value in zip(gates, values, strict=True):
+                gate.copy_(value)
+    assert not look.looks and look.facts["own"] == look.facts["blind"]
+    assert look.sentence.startswith("NOT a model that looks: ") and look.sentence.endswith("in README.md")
+
+
+def test_a_captioned_set_is_scored_beside_another_picture(trained):
+    model, processor, _ = trained
+    sets = Captioned([["a red cat", "a cat"], ["a dog on grass"], ["two birds"], ["a boat at sea"]])
+    look = first_look(model, processor, sets, nullcontext, seed=0)
+    assert look.facts["metric"] == "CIDEr-D" and "for their own pictures" in look.sentence and not look.looks
+
+
+def test_only_a_picture_that_stands_first_counts(trained):
+    model, processor, _ = trained
+    assert validation_items(Captioned([[], []]), 0) == []
+    assert first_look(model, processor, Captioned([[], []]), nullcontext, seed=0) is None
