@@ -37,6 +37,7 @@ def main(options: TrainingOptions) -> None:
     device.tune(place)
     model, processor, config = build_flamingo(model_config(options))
     model.to(place).train()
+    counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
     train_set, validation_set = sources.training_sets(options)
     folder = loop.run_folder(options)
@@ -93,7 +94,7 @@ def main(options: TrainingOptions) -> None:
             resume.save_resume_point(folder, model, adamw, options, step + 1, dtype)
             device.give_back_freed_memory()
 
-    finish.finish(folder, model, processor, config, validation_set, log, place, dtype)
+    finish.finish(folder, model, processor, config, validation_set, log, counts, place, dtype)
 
 
 if __name__ == "__main__":

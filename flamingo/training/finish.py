@@ -15,25 +15,24 @@ from flamingo.model.vlm import VisionLanguageModel
 from flamingo.training import resume
 from flamingo.training.checkpoint import save_model
 from flamingo.training.log import RunLog
-from flamingo.training.loop import count_parameters
 
 
 def finish(
     folder: Path, model: VisionLanguageModel, processor: FlamingoProcessor, config: ModelConfig,
-    validation_set: Dataset, log: RunLog, device: torch.device, dtype: str,
+    validation_set: Dataset, log: RunLog, counts: tuple[int, int], device: torch.device, dtype: str,
 ) -> None:  # fmt: skip
     """Save, check that decoding is right, caption 64 validation pictures, and report.
 
+    counts: parameters that train, and frozen ones.
     Raises InputError when these libraries would make captions nonsense; the weights are safe by then.
     """
     save_model(folder, model, processor, config)
     precision = lambda: autocast(device, dtype)  # noqa: E731
     check_decoding(model, precision)
     look = first_look(model, processor, validation_set, precision, log.options.seed)
-    trained, frozen = count_parameters(model)
     summary = log.summary(device, dtype) | {
-        "trainable_parameters": trained,
-        "frozen_parameters": frozen,
+        "trainable_parameters": counts[0],
+        "frozen_parameters": counts[1],
         "validation_captions": look and look.facts,
     }
     write_json(folder / "summary.json", summary)  # last: a run folder with a summary is a whole one
