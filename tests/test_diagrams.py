@@ -70,7 +70,16 @@ def test_the_index_that_is_drawn_is_that_of_the_texts():
     assert [fills(card, color) for color in PICTURE_COLORS] == [(index == i).sum() for i in range(4)]
 
 
-@pytest.mark.parametrize("draw", [diagrams.masks, picture_diagrams.resampler, picture_diagrams.bank])
+DRAWN = [
+    diagrams.architecture,
+    diagrams.flamingo_layer,
+    diagrams.masks,
+    picture_diagrams.resampler,
+    picture_diagrams.bank,
+]
+
+
+@pytest.mark.parametrize("draw", DRAWN)
 def test_a_diagram_is_the_same_file_each_time(tmp_path, draw):
     draw(tmp_path / "drawn.svg")
     first = (tmp_path / "drawn.svg").read_bytes()

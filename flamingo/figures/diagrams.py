@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flamingo.figures.drawing import (
     DATA,
+    FROZEN,
     PICTURE_COLORS,
     SOFT,
     TRAINED,
@@ -30,7 +31,6 @@ from flamingo.figures.drawing import (
     shape,
 )
 from flamingo.figures.run_figures import plt
-from flamingo.interop.peers import FROZEN
 from flamingo.model.cross_attention import media_attention_mask
 
 
