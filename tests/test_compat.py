@@ -10,6 +10,7 @@ from transformers import Cache, OPTForCausalLM
 from transformers.utils import ModelOutput
 
 from flamingo.errors import InputError
+from flamingo.fast.inference import prepare_to_generate
 from flamingo.interop import compat, selfcheck
 from flamingo.model import language_model
 
@@ -138,6 +139,15 @@ def test_a_torch_with_other_onednn_operators_is_said(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     with pytest.raises(InputError, match=r"torch .* has no oneDNN operator _reorder_linear_weight"):
         compat.has_onednn(torch.float32)
+
+
+def test_a_torch_without_onednn_is_said_and_works(monkeypatch, capsys, texts, pictures):
+    model = tiny_flamingo()
+    expected = captions(model, texts, pictures)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    prepare_to_generate(model, "float32")
+    assert re.search(r"torch \S+ has no oneDNN, .* builds >=2\.6 have it", capsys.readouterr().err)
+    assert torch.equal(captions(model, texts, pictures), expected)
 
 
 def test_nothing_else_names_other_libraries_insides():

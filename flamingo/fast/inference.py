@@ -8,9 +8,12 @@ is next to nothing to compute; the time is that of reading the weights. So they 
 the same, and on a CPU in the order in which they are read (onednn.py).
 """
 
+import sys
+
 from flamingo.fast.enable import enable
 from flamingo.fast.onednn import pack_matrices
 from flamingo.fast.precision import cast_frozen_to_bf16
+from flamingo.interop import compat
 from flamingo.model.vlm import VisionLanguageModel
 
 
@@ -19,6 +22,8 @@ def prepare_to_generate(model: VisionLanguageModel, dtype: str) -> None:
 
     dtype: of the matrices, float32 or bfloat16; bfloat16 needs autocast in every call.
     """
+    if next(model.vision_tokenizer.parameters()).device.type == "cpu" and (warning := compat.without_onednn_warning()):
+        print(warning, file=sys.stderr)
     enable(model, ("grouped", "few_at_once"))
     if dtype == "bfloat16":
         cast_frozen_to_bf16(model, trained=True)

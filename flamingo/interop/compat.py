@@ -230,6 +230,16 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def without_onednn_warning() -> str | None:
+    """A sentence for a torch that has no oneDNN; None if it has."""
+    if torch.backends.mkldnn.is_available():
+        return None
+    return (
+        f"torch {installed('torch')} has no oneDNN, so generating on this CPU takes about twice as long: the package "
+        f"index's own builds {range_of('torch')} have it"
+    )
+
+
 def onednn_order(weight: Tensor) -> Tensor:
     """A matrix (D_out, D_in) as oneDNN reads it; only `onednn_linear` understands it."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)

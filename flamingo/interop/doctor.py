@@ -37,9 +37,8 @@ def doctor() -> None:
     batch = Collate(processor, 128, layout=True)([ClassroomScenes("validation")[i] for i in range(16)])
     dtype = "bfloat16" if bf16_is_faster(model.train(), batch.to(device).inputs(), device) else "float32"
     print(f"{'dtype auto':18}{dtype}")
-    if device.type == "cpu" and not compat.has_onednn(torch.float32):
-        print(f"{'oneDNN':18}not in torch: generating on this CPU takes about twice as long. "
-              "the package index's own builds from 2.6 on have it")  # fmt: skip
+    if device.type == "cpu" and (warning := compat.without_onednn_warning()):
+        print(f"{'oneDNN':18}{warning}")
     print(f"{'flamingo/fast':18}{', '.join(fast)}")
     difference = check_decoding(model)
     print(f"{'self-check':18}passed: cached steps and forward pass are {difference:.1e} apart")
