@@ -300,6 +300,21 @@ def test_frozen_parts_stay_in_eval_mode(model):
     assert model.perceiver.training
 
 
+def test_a_language_model_that_trains_is_in_train_mode_and_all_of_it_moves(texts, pictures):
+    model = tiny_flamingo()
+    model.train_language_model(True)
+    assert not model.lang_encoder.training and model.train().lang_encoder.training
+    assert not model.vision_encoder.training and not model.eval().lang_encoder.training
+    model.train()
+    before = {name: value.clone() for name, value in model.lang_encoder.named_parameters()}
+    one_training_run(model, texts, pictures, steps=1)
+    assert not any(torch.equal(before[n], p) for n, p in model.lang_encoder.named_parameters() if "fc1.weight" in n)
+    model.train_language_model(False)
+    assert not model.lang_encoder.training and set(model.trainable_state_dict()) == set(
+        tiny_flamingo().trainable_state_dict()
+    )
+
+
 # --------------------------------------------------------------------------------------------------- resampler
 @pytest.mark.parametrize("act", ["gelu", "relu", "sqrelu"])
 def test_resampler_gives_n_latents_whatever_comes_in(act):

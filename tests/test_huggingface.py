@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from flamingo import FlamingoConfig, FlamingoModel, FlamingoProcessor, InputError
 from flamingo.classroom import scenes
 from flamingo.config import TrainingOptions
+from flamingo.files import asset
 from flamingo.interop import compat
 from flamingo.presets import model_config
 
@@ -273,3 +274,10 @@ def test_files_are_captioned_from_the_shell(folder, tmp_path):
     (tmp_path / "two.png").write_text("no picture")
     failed = subprocess.run([*command, str(tmp_path / "two.png")], capture_output=True, text=True)
     assert failed.returncode == 2 and "cannot be read as a picture" in failed.stderr.splitlines()[-1]
+
+
+def test_a_device_map_is_one_device_or_refused():
+    folder = asset("classroom/flamingo")
+    assert FlamingoModel.from_pretrained(folder, device_map="cpu").device.type == "cpu"
+    with pytest.raises(InputError, match="device_map='auto': name one device"):
+        FlamingoModel.from_pretrained(folder, device_map="auto")
