@@ -33,7 +33,9 @@ def enable(model: VisionLanguageModel, pieces: tuple[str, ...] = PIECES) -> list
     pieces: of PIECES, in this order; packed needs chunked. Returns those that were installed.
     Raises InputError, naming the library, when the fast model has another loss than the plain one.
     """
-    chosen = [piece for piece in pieces if _fits(model, piece)]
+    chosen: list[str] = []
+    for piece in pieces:
+        chosen += [piece] if _fits(model, piece, chosen) else []
     before = _trial_losses(model)
     install(model, chosen)
     after = _trial_losses(model)
@@ -61,11 +63,11 @@ def install(model: VisionLanguageModel, pieces: list[str]) -> None:
         compat.set_attention(model.lang_encoder, ATTENTION)
 
 
-def _fits(model: VisionLanguageModel, piece: str) -> bool:
+def _fits(model: VisionLanguageModel, piece: str, chosen: list[str]) -> bool:
     if piece == "chunked":
         return head_is_last(model)
     if piece == "packed":
-        return can_pack(model.lang_encoder) and head_is_last(model)
+        return "chunked" in chosen and can_pack(model.lang_encoder)
     if piece == "few_at_once":
         return isinstance(model.vision_encoder, VisionEncoder) and _device(model).type == "cpu"
     return True
