@@ -67,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
     from flamingo.evaluation.parts import Parts
     from flamingo.evaluation.predictor import Predictor
     from flamingo.evaluation.report import write_report
-    from flamingo.evaluation.run import plan, print_result, run_plan
+    from flamingo.evaluation.run import plan, run_plan
+    from flamingo.evaluation.table import print_result
     from flamingo.evaluation.test_set import captioned_test_set, classroom_test_set
     from flamingo.fast.device import pick_device
     from flamingo.fast.inference import prepare_to_generate

@@ -26,6 +26,7 @@ def main(options: TrainingOptions) -> None:
 
     from flamingo.data.batches import Collate, batches
     from flamingo.data.feature_cache import with_cached_features
+    from flamingo.evaluation.first_look import validation_items
     from flamingo.fast import checkpointing, compiling, device, enable, precision
     from flamingo.interop.backbones import build_flamingo
     from flamingo.training import finish, loop, optimizer, resume, sources
@@ -55,6 +56,7 @@ def main(options: TrainingOptions) -> None:
     count, done = options.steps * options.accumulate, first_step * options.accumulate
     stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_examples, collate, steps=options.eval_batches, seed=0, **prepare))
+    shown = validation_items(validation_set, options.seed)
     if not options.plain:
         enable.enable(model)  # the same numbers, sooner
     if dtype == "auto":
@@ -85,16 +87,17 @@ def main(options: TrainingOptions) -> None:
         torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
+        optimizer.open_gates(model, step, options)
 
         log.step(step, loss, sum(len(batch.input_ids) for batch in group), adamw, bar)
         if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
-            log.validation(step + 1, loop.validate(model, held_out, place, dtype), model.gates(), bar)
-            log.samples(model, processor, validation_set, precision.autocast(place, dtype), bar)
+            score = log.samples(model, processor, shown, lambda: precision.autocast(place, dtype), bar)
+            log.validation(step + 1, loop.validate(model, held_out, place, dtype) | score, model.gates(), bar)
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             resume.save_resume_point(folder, model, adamw, options, step + 1, dtype)
             device.give_back_freed_memory()
 
-    finish.finish(folder, model, processor, config, validation_set, log, counts, place, dtype)
+    finish.finish(folder, model, processor, config, shown, log, counts, place, dtype)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,9 @@ class TrainingOptions:
     accumulate: int = option(1, "batches whose gradients are added up before each optimizer step")
     lr: float = option(1e-3, "peak learning rate of all that trains but the gates")
     gate_lr: float = option(0.05, "peak learning rate of the tanh gates")
+    gate_opening: float = option(
+        0.0, "open the gates to this value over the warmup, whatever their gradient; 0 leaves them to learn from 0"
+    )
     weight_decay: float = option(0.05, "weight decay of the matrices; nothing else decays")
     warmup_steps: int = option(30, "optimizer steps of linear warmup, before the cosine")
     clip_norm: float = option(1.0, "largest norm of the gradient")

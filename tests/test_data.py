@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from flamingo.classroom import scenes
 from flamingo.classroom.examples import ClassroomScenes
+from flamingo.classroom.invented import invented_names, is_held_out
 from flamingo.config import TrainingOptions
 from flamingo.data.batches import StepSampler, caption_labels
 from flamingo.data.captions import load_captions, parse_interleaved, to_rgb
@@ -119,7 +120,7 @@ def test_boxes_hold_the_drawing():
 
 def test_documents_keep_one_style():
     several = [text for i in range(500) for text in ClassroomScenes("train")[i].texts if len(text) > 1]
-    documents = [text for text in several if not is_naming(text)]
+    documents = [text for text in several if not is_naming(text) and not is_one_word(text)]
     assert len(documents) > 30
     for chunks in documents:
         assert [chunk.picture for chunk in chunks] == list(range(len(chunks)))
@@ -128,16 +129,39 @@ def test_documents_keep_one_style():
 
 
 def is_naming(text) -> bool:
-    return text[-1].caption in scenes.INVENTED
+    return not text[0].caption and len(text) > 1
 
 
-def test_an_invented_name_is_told_once_and_then_asked_for():
+def is_one_word(text) -> bool:
+    return text[-1].prompt == scenes.ONE_WORD
+
+
+def test_an_invented_name_is_shown_once_and_then_looked_up():
     texts = [text for i in range(1000) for text in ClassroomScenes("train")[i].texts if is_naming(text)]
-    assert len(texts) > 10
+    assert len(texts) > 10 and {len(chunks) for chunks in texts} == {5, 6, 8}
     for chunks in texts:
-        prompts, asked = {c.prompt for c in chunks[:2]}, {c.caption for c in chunks[2:]}
-        assert len(prompts) == 2 and asked <= prompts <= set(scenes.INVENTED)
-        assert not any(c.caption for c in chunks[:2]) and not any(c.prompt for c in chunks[2:])
+        names, looked_up = {c.prompt for c in chunks if c.prompt}, {c.caption for c in chunks if c.caption}
+        assert looked_up <= names and len(names) == len(chunks) - 3
+        assert not any(map(is_held_out, names))  # these are for tests only
+        assert all(bool(c.prompt) != bool(c.caption) for c in chunks)
+
+
+def test_held_out_names_are_new_but_their_syllables_are_not():
+    train, held_out = (set(invented_names(random.Random(0), 300, held_out=which)) for which in (False, True))
+    assert len(train) == len(held_out) == 300 and not train & held_out
+    syllables = lambda names: {half for name in names for half in (name[:2], name[2:])}  # noqa: E731
+    assert syllables(held_out) <= syllables(train)
+
+
+def test_one_word_follows_one_rule_that_only_the_pictures_show():
+    examples = ClassroomScenes("train")
+    for i in range(400):
+        drawn, texts = examples._plan(i)
+        if not is_one_word(texts[0]):
+            continue
+        words = [chunk.caption for chunk in texts[0]]
+        rules = [rule for rule in scenes.RULES if [scene.by_rule(rule) for scene in drawn] == words]
+        assert len(rules) == 1 and len({chunk.prompt for chunk in texts[0]}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ labels

@@ -35,7 +35,7 @@ class Captioned:
 
 def test_the_trained_classroom_model_looks(trained):
     model, processor, _ = trained
-    look = first_look(model, processor, ClassroomScenes("validation"), nullcontext, seed=0)
+    look = first_look(model, processor, validation_items(ClassroomScenes("validation"), 0), nullcontext)
     right = round(look.facts["own"] * 64)
     assert look.looks and right >= 58 and look.facts["blind"] < 0.1 and look.facts["n"] == 64
     assert look.sentence.startswith(f"{right} of 64 validation captions are exactly right, ")
@@ -50,7 +50,7 @@ def test_closed_gates_are_no_better_than_blind_and_that_is_said(trained, monkeyp
         try:
             for gate in gates:
                 gate.zero_()
-            look = first_look(model, processor, ClassroomScenes("validation"), nullcontext, seed=0)
+            look = first_look(model, processor, validation_items(ClassroomScenes("validation"), 0), nullcontext)
         finally:
             for gate, value in zip(gates, values, strict=True):
                 gate.copy_(value)
@@ -61,11 +61,11 @@ def test_closed_gates_are_no_better_than_blind_and_that_is_said(trained, monkeyp
 def test_a_captioned_set_is_scored_beside_another_picture(trained):
     model, processor, _ = trained
     sets = Captioned([["a red cat", "a cat"], ["a dog on grass"], ["two birds"], ["a boat at sea"]])
-    look = first_look(model, processor, sets, nullcontext, seed=0)
-    assert look.facts["metric"] == "CIDEr-D" and "for their own pictures" in look.sentence and not look.looks
+    look = first_look(model, processor, validation_items(sets, 0), nullcontext)
+    assert look.facts["metric"] == "cider_d" and "for their own pictures" in look.sentence and not look.looks
 
 
 def test_only_a_picture_that_stands_first_counts(trained):
     model, processor, _ = trained
     assert validation_items(Captioned([[], []]), 0) == []
-    assert first_look(model, processor, Captioned([[], []]), nullcontext, seed=0) is None
+    assert first_look(model, processor, validation_items(Captioned([[], []]), 0), nullcontext) is None

@@ -110,7 +110,7 @@ def test_answers_are_scored_as_by_hand(tmp_path):
     test_set, rows, support = asked_about([[many, colour], []], demos)
     task = questions_of_set(test_set, rows, support, 10, seed=0)
     model = Scripted({"Question: how many? Answer:": "2", "Question: what colour? Answer:": "Red."})
-    table = curve(task, FewShot([0, 1], trials=1), model, Parts(tmp_path, {}), blind=True)
+    table = curve(task, FewShot([0, 1], trials=1), model, Parts(tmp_path, {}), ("text_only_demos", "blind"))
     # "2" is what 3 of 10 said: each of them left out leaves 2 of 3 needed, each other one leaves 3 of 3. "Red." is
     # wrong by the rule of VQAv2, which normalises nothing where all agree; with exact_match it is right.
     assert table["0"]["vqa_accuracy"] == pytest.approx((0.3 * 2 / 3 + 0.7 + 0) / 2)
@@ -153,7 +153,7 @@ def test_a_class_is_chosen_among_all_names(tmp_path):
             assert answers == ["cat", "cow", "hot dog"]
             return torch.tensor([[0.0, 1.0, 0.0] if blind else [1.0, 0.0, 0.0]] * len(texts))
 
-    row = curve(task, FewShot([0]), AlwaysCat(), Parts(tmp_path, {}), blind=True)["0"]
+    row = curve(task, FewShot([0]), AlwaysCat(), Parts(tmp_path, {}), ("text_only_demos", "blind"))["0"]
     assert row["exact_match"] == pytest.approx(2 / 3) and row["blind"] == 0 and task.chance == pytest.approx(1 / 3)
     (examples, *_) = choose_examples(task, 2, FewShot([2]), 0, AlwaysCat())
     assert set(examples) == {Chunk(10, "Output:", "hot dog"), Chunk(11, "Output:", "cat")}

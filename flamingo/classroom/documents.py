@@ -7,6 +7,9 @@ caption style throughout and mostly do not name it, so the model follows its con
 import random
 
 from flamingo.classroom import scenes
+from flamingo.classroom.invented import invented_names
+
+NAMINGS, RULES, ONE_SCENE = 0.15, 0.05, 0.3  # shares of the documents
 
 
 def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -> str:
@@ -19,19 +22,22 @@ def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -
 
 
 def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
-    """Three kinds of document, a line for each caption.
+    """Four kinds of document, a line for each caption.
 
-    More than half caption 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. A third
-    caption *one* scene in several styles, with questions: there the next token can be known from the lines before, so
-    the model learns to be sure of a name. (A model that has only ever guessed names cannot predict one with
-    confidence, whatever it is shown.) The rest give invented names to things and use them again.
+    Half caption 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. A third caption *one*
+    scene in several styles, with questions: there the next token can be known from the lines before, so the model
+    learns to be sure of a name. (A model that has only ever guessed names cannot predict one with confidence, whatever
+    it is shown.) Some give invented names to things and use them again, in another order: only a model that looks them
+    up can know the next one. And a few have one word a line, of one kind throughout.
     """
     rng = random.Random(f"document {seed} {split} {index}")
     first = rng.randrange(2**40)
     kind = rng.random()
-    if kind < 0.1:
-        return "\n".join(naming_lines(rng))
-    if kind < 0.43:
+    if kind < NAMINGS:
+        return "\n".join(naming_lines(rng, held_out=split != "train"))
+    if kind < NAMINGS + RULES:
+        return "\n".join(one_word_lines(rng))
+    if kind < NAMINGS + RULES + ONE_SCENE:
         drawn = [
             scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 4))
         ]
@@ -48,9 +54,15 @@ def _in_several_styles(scene: scenes.Scene, rng: random.Random) -> list[str]:
     return [chunk(scene, style, rng, with_cue=True) for style in styles]
 
 
-def naming_lines(rng: random.Random) -> list[str]:
-    """` dog dax`, ` cat wug`, …: 2 to 5 things with invented names, each given two or three times."""
+def naming_lines(rng: random.Random, *, held_out: bool = False) -> list[str]:
+    """` dog zuki`, ` cat tavo`, …: 2 to 5 things with invented names, each given two to four times."""
     how_many = rng.randint(2, 5)
-    things, words = rng.sample(scenes.OBJECTS, how_many), rng.sample(scenes.INVENTED, how_many)
-    lines = [f" {thing} {word}" for thing, word in zip(things, words, strict=True)]
-    return [line for _ in range(rng.randint(2, 3)) for line in rng.sample(lines, how_many)]
+    things, names = rng.sample(scenes.OBJECTS, how_many), invented_names(rng, how_many, held_out=held_out)
+    lines = [f" {thing} {name}" for thing, name in zip(things, names, strict=True)]
+    return [line for _ in range(rng.randint(2, 4)) for line in rng.sample(lines, how_many)]
+
+
+def one_word_lines(rng: random.Random) -> list[str]:
+    """` In a word: dog`, ` In a word: bear`, …: things, grounds or counts throughout."""
+    words = rng.choice((scenes.OBJECTS, tuple(scenes.GROUNDS), scenes.COUNTS))
+    return [f" {scenes.ONE_WORD} {rng.choice(words)}" for _ in range(rng.randint(2, 10))]

@@ -5,6 +5,7 @@ import random
 from torch.utils.data import Dataset
 
 from flamingo.classroom import scenes
+from flamingo.classroom.invented import invented_names
 from flamingo.data.answer_columns import question_prompt
 from flamingo.data.batches import Example
 from flamingo.data.processor import Chunk
@@ -21,14 +22,15 @@ class ClassroomScenes(Dataset):
     a name, a ground or a place, in reading order, so that names and places are learned early; among longer captions
     they stay unlearned for long, because most of what can be gained at first lies elsewhere.
 
-    After them there are three kinds. Most are one scene, with captions (nearly always with the cue of their style) or
+    After them there are four kinds. Most are one scene, with captions (nearly always with the cue of their style) or
     questions about one fact. Some are documents: 2 to 8 scenes captioned in one style, which mostly nothing shows but
-    the first captions themselves. And some give two things invented names and need them again: what they are called
-    can only be looked up in the examples.
+    the first captions themselves. Some give things invented names and need them again (`naming`), and some answer every
+    picture with one word, by a rule that only the pictures show (`one_word`): both can only be looked up in the
+    examples, picture by picture.
     """
 
     LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
-    DOCUMENTS, NAMINGS = 0.15, 0.03  # shares of the examples
+    DOCUMENTS, NAMINGS, RULES = 0.12, 0.10, 0.10  # shares of the examples
     DOCUMENT_LENGTHS = (2, 2, 3, 3, 4, 4, 8)  # scenes; drawn from
     QUESTIONS = 0.15  # share of the texts about one scene
 
@@ -63,7 +65,9 @@ class ClassroomScenes(Dataset):
         kind = rng.random()
         if kind < self.NAMINGS:
             return naming(rng, self.split)
-        document = kind < self.NAMINGS + self.DOCUMENTS
+        if kind < self.NAMINGS + self.RULES:
+            return one_word(rng, self.seed, self.split)
+        document = kind < self.NAMINGS + self.RULES + self.DOCUMENTS
         drawn = scenes_of(rng.choice(self.DOCUMENT_LENGTHS) if document else 1)
         texts = []
         for style in rng.sample(scenes.STYLES, 2):
@@ -87,11 +91,25 @@ def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:
 
 
 def naming(rng: random.Random, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
-    """Two things are given invented names, then shown again, otherwise drawn: what are they called?"""
-    things = rng.sample(scenes.objects_of(split), 2)
-    words = dict(zip(things, rng.sample(scenes.INVENTED, 2), strict=True))
-    shown = [*things, *(rng.choice(things) for _ in range(2))]
+    """Two to five things are given invented names, then shown again, otherwise drawn: what are they called?"""
+    count = rng.choice((2, 2, 3, 5))
+    things = rng.sample(scenes.objects_of(split), count)
+    names = dict(zip(things, invented_names(rng, count), strict=True))
+    shown = [*things, *(rng.choice(things) for _ in range(3))]
     drawn = [scenes.one_of(rng, thing) for thing in shown]
     # The first name of each is a prompt, without loss: nobody could guess it.
-    chunks = [Chunk(k, words[thing], "") if k < 2 else Chunk(k, "", words[thing]) for k, thing in enumerate(shown)]
+    chunks = [Chunk(k, names[thing], "") if k < count else Chunk(k, "", names[thing]) for k, thing in enumerate(shown)]
     return drawn, [chunks]
+
+
+def rule_chunk(picture: int, scene: scenes.Scene, rule: str) -> Chunk:
+    """The one word about a scene by a rule of `scenes.RULES`. Its prompt is the same for all rules."""
+    return Chunk(picture, scenes.ONE_WORD, scene.by_rule(rule))
+
+
+def one_word(rng: random.Random, seed: int, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
+    """Three to nine scenes, each answered by one word, all by one rule: which, only the examples' pictures show."""
+    rule = rng.choice(scenes.RULES)
+    layouts = rng.choices(scenes.RULE_LAYOUTS, k=rng.choice((3, 4, 5, 6, 9)))
+    drawn = [scenes.make_scene(seed, split, rng.randrange(2**40), layout=layout) for layout in layouts]
+    return drawn, [[rule_chunk(k, scene, rule) for k, scene in enumerate(drawn)]]

@@ -67,11 +67,12 @@ CUES = {
     "sentence": "In a sentence:", "list": "As a list:", "quiz": "As a quiz:", "telegram": "As a telegram:",
     "story": "As a story:",
 }  # fmt: skip
-# Words that mean nothing until an example shows what they name: for learning a name from one showing (`naming`).
-INVENTED = ("blick", "dax", "wug", "fep", "toma", "zib", "kivo", "lorp", "gazzer", "pimwit", "tulver", "modi")
+# One word about a scene, by a rule that no cue names: only pictures with their words show it (`by_rule`).
+RULES = ("left", "right", "ground", "count")
+ONE_WORD, RULE_LAYOUTS = "In a word:", ("row", "three")  # their prompt; where there is a left and a right
 LAYOUTS = ("one", "count", "row", "column", "three")
 SPLITS = ("train", "validation", "test", "novel")
-_COUNTS = {1: "one", 2: "two", 3: "three"}
+COUNTS = ("one", "two", "three")
 
 
 # ---------------------------------------------------------------------------------------------------- words
@@ -129,7 +130,7 @@ class Scene:
             asked.append(("what is there?", with_article(names[0])))
         elif self.layout == "count":
             asked.append(("what is there?", plural(names[0])))
-            asked.append((f"how many {plural(names[0])} are there?", _COUNTS[len(names)]))
+            asked.append((f"how many {plural(names[0])} are there?", COUNTS[len(names) - 1]))
         elif self.layout == "three":
             where = ("on the left", "in the middle", "on the right")
             asked += [(f"what is {place}?", with_article(name)) for place, name in zip(where, names, strict=True)]
@@ -138,6 +139,12 @@ class Scene:
             asked.append((f"what is {before} the {names[1]}?", with_article(names[0])))
             asked.append((f"what is {after} the {names[0]}?", with_article(names[1])))
         return asked
+
+    def by_rule(self, rule: str) -> str:
+        """The one word about a scene of RULE_LAYOUTS: the thing on the left or right, the ground, or how many."""
+        words = {"left": self.names[0], "right": self.names[-1], "ground": self.ground,
+                 "count": COUNTS[len(self.objects) - 1]}  # fmt: skip
+        return words[rule]
 
     def draw(self) -> Image.Image:
         """The picture: RGB, IMAGE_SIZE x IMAGE_SIZE."""
@@ -156,7 +163,7 @@ _TELEGRAM = {"row": ("left", "right"), "column": ("above", "below"), "three": ("
 
 def _who(scene: Scene) -> str:
     if scene.layout == "count":
-        return f"{_COUNTS[len(scene.objects)]} {plural(scene.names[0])}"
+        return f"{COUNTS[len(scene.objects) - 1]} {plural(scene.names[0])}"
     return and_join([with_article(name) for name in scene.names])
 
 
@@ -187,14 +194,14 @@ def _list(scene: Scene) -> str:
 
 
 def _quiz(scene: Scene) -> str:
-    return f"what? {_who(scene)}. how many? {_COUNTS[len(scene.objects)]}. which ground? {scene.ground}."
+    return f"what? {_who(scene)}. how many? {COUNTS[len(scene.objects) - 1]}. which ground? {scene.ground}."
 
 
 def _telegram(scene: Scene) -> str:
     if scene.layout in _TELEGRAM:
         parts = [f"{name} {side}" for name, side in zip(scene.names, _TELEGRAM[scene.layout], strict=True)]
     elif scene.layout == "count":
-        parts = [f"{_COUNTS[len(scene.objects)]} {plural(scene.names[0])}"]
+        parts = [f"{COUNTS[len(scene.objects) - 1]} {plural(scene.names[0])}"]
     else:
         parts = scene.names
     return " stop ".join([*parts, scene.ground, ""]).rstrip()

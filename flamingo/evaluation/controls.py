@@ -84,7 +84,7 @@ def score_with_controls(test_set: EvaluationSet, predictions: dict[str, list[str
         "exact_match_novel": None,
         "by_objects": {
             group: {"n": len(which)} | {name: float(values[which].mean()) for name, values in marks.items()}
-            for group, which in _by_group(test_set.items).items()
+            for group, which in by_group(test_set.items).items()
         },
         "metrics": scores(predictions["own"], truths, seed),
         "controls": {name: scores(predictions[name], truths, seed) for name in CONTROLS},
@@ -97,14 +97,14 @@ def score_with_controls(test_set: EvaluationSet, predictions: dict[str, list[str
             "n": len(right),
             "exact_match": float(right.mean()),
             "by_objects": {
-                g: {"n": len(w), "exact_match": float(right[w].mean())} for g, w in _by_group(test_set.novel).items()
+                g: {"n": len(w), "exact_match": float(right[w].mean())} for g, w in by_group(test_set.novel).items()
             },
             "metrics": scores(predictions["novel"], [item.truths for item in test_set.novel], seed),
         }
     return result
 
 
-def _by_group(items: Sequence[Item]) -> dict[str, list[int]]:
+def by_group(items: Sequence[Item]) -> dict[str, list[int]]:
     """Group → the numbers of its items."""
     return {group: [i for i, item in enumerate(items) if item.group == group]
             for group in sorted({item.group for item in items})}  # fmt: skip

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flamingo.classroom import scenes
-from flamingo.classroom.examples import question_chunk
+from flamingo.classroom.examples import question_chunk, rule_chunk
 from flamingo.data.processor import EOC_TOKEN, Chunk
 from flamingo.errors import InputError
 from flamingo.evaluation.metrics import bootstrap_interval, cider_d, exact_match, normalise
@@ -33,7 +33,10 @@ from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import EvaluationSet, Item
 
 SCORES = ("exact_match", "exact_match_novel", "text_only_demos", "cider_d", "cider_d_text_only_demos")  # of captions
-TASKS = {"questions": "questions", "classification": "which one?", "classification_novel": "which one? (novel)"}
+TASKS = {
+    "questions": "questions", "one_word": "one word, by a rule", "classification": "which one?",
+    "classification_novel": "which one? (novel)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,17 @@ class FewShot:
 
 
 # ------------------------------------------------------------------------------------------------------- prompts
-def prompt_text(query: Query, examples: Sequence[Chunk], text_only: bool = False) -> list[Chunk]:
-    """The chunks of a prompt. text_only: examples keep their text and their <|endofchunk|>, not their pictures."""
-    if text_only:
+def prompt_text(query: Query, examples: Sequence[Chunk], way: str = "") -> list[Chunk]:
+    """The chunks of a prompt.
+
+    way: text_only_demos: examples keep their text and their <|endofchunk|>, not their pictures; shuffled_demos: each
+    keeps its text and gets the next one's picture.
+    """
+    if way == "text_only_demos":
         examples = [replace(chunk, picture=None, caption=chunk.caption + EOC_TOKEN) for chunk in examples]
+    if way == "shuffled_demos":
+        pictures = [chunk.picture for chunk in (*examples[1:], *examples[:1])]
+        examples = [replace(chunk, picture=row) for chunk, row in zip(examples, pictures, strict=True)]
     return [*examples, Chunk(query.row, query.prompt)]
 
 
@@ -147,26 +157,27 @@ def check_shots(task: Task, how: FewShot, predictor: Predictor) -> None:
 
 # ----------------------------------------------------------------------------------------------------- the curve
 def curve(
-    task: Task, how: FewShot, predictor: Predictor, parts: Parts, text_only: bool = True, blind: bool = False
+    task: Task, how: FewShot, predictor: Predictor, parts: Parts, controls: Sequence[str] = ("text_only_demos",)
 ) -> dict[str, dict]:
-    """shots ("0", "1", …) → {exact_match, …_spread, …_interval, and the same for text_only_demos}.
+    """shots ("0", "1", …) → {exact_match, …_spread, …_interval, and the same for each control}.
 
+    controls: of the examples (text_only_demos, shuffled_demos), and blind: at 0 shots the query's picture is taken away
+    (`blind`, …_blind): what the text alone is worth.
     A task's other scores stand there too, such as cider_d and cider_d_text_only_demos of captions that people wrote.
     The spread is the standard deviation over trials (0 for a single one, as at 0 shots); the interval is over queries.
-    blind: at 0 shots the query's picture is also taken away (`blind`, …_blind): what the text alone is worth.
     """
     table: dict[str, dict] = {}
     for shots in how.shots:
         trials = how.trials if shots else 1
-        predictions = {
-            "": [_answers(task, how, shots, trial, predictor, parts) for trial in range(trials)]
-        }  # way → trials
-        if text_only:
-            predictions["text_only_demos"] = predictions[""] if not shots else [
-                _answers(task, how, shots, trial, predictor, parts, text_only=True) for trial in range(trials)
-            ]  # fmt: skip
-        if blind and not shots:
-            predictions["blind"] = [_answers(task, how, shots, 0, predictor, parts, blind=True)]
+        predictions: dict[str, list[list[str]]] = {}  # way → trials
+        for way in ("", *controls):
+            if way == "blind":
+                if not shots:
+                    predictions[way] = [_answers(task, how, shots, 0, predictor, parts, way)]
+            elif way and shots < _FEWEST[way]:  # without an example all ways are one
+                predictions[way] = predictions[""]
+            else:
+                predictions[way] = [_answers(task, how, shots, t, predictor, parts, way) for t in range(trials)]
         row: dict = {}
         for score, marks in task.scores.items():
             for way, answers in predictions.items():
@@ -175,27 +186,30 @@ def curve(
     return table
 
 
+# How a way is called in titles, and the fewest examples at which it differs from the plain one.
+_TITLES = {"": "", "text_only_demos": ", texts only", "shuffled_demos": ", shuffled", "blind": ", blind"}
+_FEWEST = {"text_only_demos": 1, "shuffled_demos": 2}
+
+
 def score_name(score: str, way: str) -> str:
     """exact_match of text_only_demos is called by the way alone; others are called by both: cider_d_text_only_demos."""
     return way if way and score == "exact_match" else f"{score}_{way}".rstrip("_")
 
 
 def _answers(
-    task: Task, how: FewShot, shots: int, trial: int, predictor: Predictor, parts: Parts,
-    text_only: bool = False, blind: bool = False,
-) -> list[str]:  # fmt: skip
-    way = ", texts only" if text_only else ", blind" if blind else ""
-    title = f"{task.name}, {shots} shots, trial {trial + 1}{way}"
+    task: Task, how: FewShot, shots: int, trial: int, predictor: Predictor, parts: Parts, way: str = ""
+) -> list[str]:
+    title = f"{task.name}, {shots} shots, trial {trial + 1}{_TITLES[way]}"
 
     def work() -> list[str]:
         examples, count = choose_examples(task, how.most, how, trial, predictor), how.examples_at(shots)
         texts = [
-            prompt_text(query, own[how.most - count :], text_only or not shots)
+            prompt_text(query, own[how.most - count :], way if shots else "text_only_demos")
             for query, own in zip(task.queries, examples, strict=True)
         ]
         if task.answers is None:
-            return predictor.predict(texts, title, blind=blind)
-        chosen = predictor.choose(texts, task.answers, title, blind=blind).argmax(dim=1)
+            return predictor.predict(texts, title, blind=way == "blind")
+        chosen = predictor.choose(texts, task.answers, title, blind=way == "blind").argmax(dim=1)
         return [task.answers[k] for k in chosen.tolist()]
 
     return parts.keep(title, work)
@@ -262,3 +276,22 @@ def questions_task(
     asked = [ask(row, item.scene) for row, item in zip(rows, items, strict=True)]
     queries = [Query(chunk.picture, chunk.prompt, [chunk.caption]) for chunk in asked]
     return Task("questions", queries, support, lambda row, query: ask(row, shown[row].scene))
+
+
+def one_word_task(queries: Sequence[tuple[int, scenes.Scene]], test_set: EvaluationSet, support: Sequence[int]) -> Task:
+    """Each picture is answered by one word, by a rule that holds throughout a prompt: the thing on the left, the thing
+    on the right, the ground, or how many. Every prompt has the same cue, so only the examples show the rule; and which
+    of two things a name was, left or right, only their *pictures* show. queries: (row, scene), the rules go round."""
+    shown = {
+        row: item.scene for row, item in zip(support, test_set.support, strict=True)
+        if item.scene.layout in scenes.RULE_LAYOUTS
+    }  # fmt: skip
+    rules = [scenes.RULES[i % len(scenes.RULES)] for i in range(len(queries))]
+    asked = [
+        Query(row, scenes.ONE_WORD, [scene.by_rule(rule)], rule)
+        for (row, scene), rule in zip(queries, rules, strict=True)
+    ]
+    return Task(
+        "one word", asked, list(shown), lambda row, query: rule_chunk(row, shown[row], query.style),
+        chance=1 / len(scenes.RULES),
+    )  # fmt: skip

@@ -17,12 +17,15 @@ from torch.utils.data import Dataset
 from flamingo.classroom.examples import ClassroomScenes
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.evaluation.captioning import caption, encode_pictures
+from flamingo.evaluation.confusions import confusion_table, confusions
 from flamingo.evaluation.metrics import bootstrap_interval, cider_d, exact_match
 from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import Item, classroom_items
 from flamingo.model.vlm import Flamingo
 
 PICTURES = 64
+WELL_LEARNED = 0.95  # share of right captions below which the end of a run names what is confused
+Context = Callable[[], AbstractContextManager]  # makes the context that sets the precision
 READ_ON = 'see "Troubleshooting" in README.md'
 
 
@@ -52,37 +55,45 @@ def validation_items(examples: Dataset, seed: int) -> list[Item]:
     return items
 
 
+def own_captions(
+    model: Flamingo, processor: FlamingoProcessor, items: Sequence[Item], autocast: Context, blind: bool = False
+) -> list[str]:
+    """A caption for each item, with its picture, or with none (blind)."""
+    latents = encode_pictures(model, processor, [item.picture for item in items], autocast=autocast)
+    return caption(model, processor, latents, [item.prompt for item in items], autocast=autocast, blind=blind)
+
+
+def marks_of(items: Sequence[Item], captions: Sequence[str]) -> tuple[str, np.ndarray]:
+    """The name of the score that fits these items, and each caption's (N,): exact match where one caption is right, in
+    the classroom; CIDEr-D where people wrote several."""
+    truths = [item.truths for item in items]
+    return ("exact_match", exact_match(captions, truths)) if items[0].scene else ("cider_d", _cider(captions, truths))
+
+
 def first_look(
-    model: Flamingo,
-    processor: FlamingoProcessor,
-    examples: Dataset,
-    autocast: Callable[[], AbstractContextManager],
-    seed: int,
+    model: Flamingo, processor: FlamingoProcessor, items: Sequence[Item], autocast: Context
 ) -> FirstLook | None:
-    """None if no validation picture has a caption of its own."""
-    items = validation_items(examples, seed)
+    """None if there are too few items: no validation picture has a caption of its own."""
     if len(items) < 2:
         return None
     model.eval()
-    latents = encode_pictures(model, processor, [item.picture for item in items], autocast=autocast)
-    prompts = [item.prompt for item in items]
-    own, blind = (caption(model, processor, latents, prompts, autocast=autocast, blind=b) for b in (False, True))
-    truths = [item.truths for item in items]
-    if isinstance(examples, ClassroomScenes):
-        marks, marks_blind = exact_match(own, truths), exact_match(blind, truths)
+    own, blind = (own_captions(model, processor, items, autocast, blind) for blind in (False, True))
+    (metric, marks), (_, marks_blind) = marks_of(items, own), marks_of(items, blind)
+    if metric == "exact_match":
         score = f"{int(marks.sum())} of {len(items)} validation captions are exactly right"
         beside = f"{int(marks_blind.sum())} without the picture"
-        metric = "exact match"
     else:
-        marks, marks_blind, other = (_cider(*pair) for pair in ((own, truths), (blind, truths), (own, _next(truths))))
+        other = _cider(own, _next([item.truths for item in items]))
         score = f"{len(items)} validation captions score CIDEr-D {marks.mean():.3f} for their own pictures"
         beside = f"{other.mean():.3f} for another's, {marks_blind.mean():.3f} without any"
-        metric = "CIDEr-D"
     low, _ = bootstrap_interval(marks - marks_blind, seed=0)
     looks = bool(low > 0)
     sentence = f"{score}, {beside}"
     if not looks:
         sentence = f"NOT a model that looks: {sentence}, so its captions are no better than blind; {READ_ON}"
+    elif metric == "exact_match" and marks.mean() < WELL_LEARNED:
+        found = confusions([item.scene for item in items], [item.truths[0] for item in items], own)
+        sentence += f"\nnot all is learned; still confused:\n{confusion_table(found)}"
     facts = {"n": len(items), "metric": metric, "own": float(marks.mean()), "blind": float(marks_blind.mean())}
     return FirstLook(looks, sentence, facts | {"looks": looks})
 

@@ -14,6 +14,8 @@ from PIL import Image
 from flamingo.classroom import scenes
 from flamingo.evaluation.answer_tasks import answers_sentence
 from flamingo.evaluation.few_shot import few_shot_columns
+from flamingo.evaluation.gates import gates_sentence
+from flamingo.evaluation.single_objects import binding_sentence
 from flamingo.evaluation.test_set import EvaluationSet
 from flamingo.figures import evaluation_figures as figures
 from flamingo.files import write_atomically
@@ -167,17 +169,19 @@ def _few_shot(result: dict) -> str:
         f"{way['trials']} draws. 0 shots: {zero}. Template: {way['template'] or 'none'}. " + answers_sentence(result)
     )
     if "exact_match_style_given" in result:
-        bound = result["fast_binding"]
         text += (
             f" With the style named by its cue and no example: {result['exact_match_style_given']:.3f} (novel objects "
-            f"{result['exact_match_novel_style_given']:.3f}). Fast binding, two made-up names shown once: "
-            f"{bound['accuracy']:.3f} ({bound['low']:.3f} – {bound['high']:.3f}; novel objects "
-            f"{bound['novel']['accuracy']:.3f}), chance {bound['chance']}."
-        )
+            f"{result['exact_match_novel_style_given']:.3f}). {binding_sentence(result['fast_binding'])}.".replace(
+                ". fast", ". Fast")
+        )  # fmt: skip
+        if "closed_gates" in result:
+            text += f" {gates_sentence(result['closed_gates'])}."
     drawn = [
         (figures.few_shot_figure(result), "Captions against the number of examples."),
         (figures.tasks_figure(result), "Answers against the number of examples."),
-        (figures.binding_figure(result), "Fast binding: two examples name two things, the third picture shows one."),
+        (figures.one_word_figure(result), "One word by a rule that only the examples' pictures show."),
+        (figures.binding_figure(result), "Fast binding: examples name things, the last picture shows one of them."),
+        (figures.gates_figure(result), "What each layer's look is worth: its attention gate closed."),
     ]
     shown = "".join(_figure(picture, caption) for picture, caption in drawn)
     head = ["shots", *(title.replace("_", " ") for title, _, _ in columns)]

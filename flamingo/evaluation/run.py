@@ -1,4 +1,4 @@
-"""The whole evaluation: plan it, carry it out, print it. What `evaluation.json` holds is listed here.
+"""The whole evaluation: plan it, carry it out (table.py prints it). What `evaluation.json` holds is listed here.
 
 n, exact_match, exact_match_blind, exact_match_shuffled, exact_match_novel
                         plain numbers; case and spaces do not count (novel: null on captioned sets)
@@ -21,7 +21,11 @@ questions               classroom and sets with questions: shots: "0", "1", … 
 classification, classification_novel
                         classroom and sets with labels (not novel): the same for "which of these is it?", by
                         likelihood; chance, names (how many)
-fast_binding            classroom: accuracy, low, high, n, chance; novel: the same for novel objects
+one_word                classroom: chance; shots: the same, with text_only_demos and shuffled_demos
+fast_binding            classroom: accuracy, low, high, n, chance, and its controls blind, text_only_demos; novel: the
+                        same for novel objects; five_way: both, of five examples
+closed_gates            classroom: for each layer that looks its gate, exact_match of the first items, and
+                        exact_match_closed, with this gate at 0
 attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no such name)
 attention               chance, n, pictures; examples: {item, word, grid} as shown in the report
 examples                every item: prompt, said, true (one right caption), right, score (CIDEr-D of this picture)
@@ -37,16 +41,17 @@ from dataclasses import dataclass, replace
 from flamingo.classroom import scenes
 from flamingo.errors import InputError
 from flamingo.evaluation import attention, controls
-from flamingo.evaluation.answer_tasks import answer_results, answers_sentence, classes_of_set, questions_of_set
+from flamingo.evaluation.answer_tasks import answer_results, classes_of_set, questions_of_set
 from flamingo.evaluation.few_shot import (
     FewShot,
     Task,
     captioning_task,
     check_shots,
     curve,
-    few_shot_columns,
+    one_word_task,
     questions_task,
 )
+from flamingo.evaluation.gates import without_each_gate
 from flamingo.evaluation.metrics import cider_d, exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
@@ -58,12 +63,12 @@ from flamingo.evaluation.single_objects import (
     classification_task,
     fast_binding,
 )
-from flamingo.evaluation.test_set import EvaluationSet
+from flamingo.evaluation.test_set import EvaluationSet, one_word_scenes
 
 CLASSROOM_SHOTS, SET_SHOTS = (0, 1, 2, 4, 8), (0, 2, 4)
 FEWER = 100  # questions, classifications: queries for each number of shots
 NAMES, SCENES_OF_A_NAME = 20, 6  # to choose among in classification; each shown on this many grounds
-EPISODES = 200  # of fast binding
+EPISODES, BINDING_WAYS = 200, (2, 5)  # of fast binding
 LOOKED_AT = {True: 200, False: 32}  # pictures whose attention is worked out: in the classroom, of a captioned set
 
 
@@ -114,7 +119,13 @@ def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace
         for kind, split in (("", "train"), ("_novel", "novel")):  # one object is no pair: new in every split
             singles = add_single_objects(predictor, split, args.seed, NAMES, SCENES_OF_A_NAME)
             tasks[f"classification{kind}"] = classification_task(f"classification{kind}", singles, fewer)
-            result.episodes[f"fast binding{kind}"] = binding_episodes(singles, min(EPISODES, n), args.seed)
+            for ways in BINDING_WAYS:
+                result.episodes[f"fast binding{kind} {ways}"] = binding_episodes(
+                    singles, min(EPISODES, n), args.seed, ways
+                )
+        drawn = one_word_scenes(test_set.split, fewer, args.seed)
+        queries = list(zip(predictor.add([scene.draw() for scene in drawn]), drawn, strict=True))
+        tasks["one_word"] = one_word_task(queries, test_set, support)
     else:
         asked = (questions_of_set(test_set, rows, support, args.queries, args.seed),
                  classes_of_set(test_set, rows, support, fewer, args.template))  # fmt: skip
@@ -152,6 +163,8 @@ def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
     result |= timed(
         "attention", lambda: parts.keep("attention", lambda: attention_results(todo, predictions, predictor))
     )
+    if test_set.classroom:
+        result["closed_gates"] = timed("gates", lambda: without_each_gate(predictor, parts, test_set.items, todo.rows))
     result["examples"] = [
         {"prompt": item.prompt, "said": text, "true": item.truths[0], "right": bool(right), "score": float(score)}
         for item, text, right, score in zip(
@@ -174,7 +187,7 @@ def few_shot_results(todo: Plan, predictions: dict[str, list[str]], predictor: P
     if how is None:
         return {"shots": {}}
     shots = curve(tasks["captions"], how, predictor, parts)
-    novel = curve(tasks["captions_novel"], how, predictor, parts, text_only=False) if test_set.classroom else {}
+    novel = curve(tasks["captions_novel"], how, predictor, parts, controls=()) if test_set.classroom else {}
     names = ("exact_match", "exact_match_spread", "exact_match_interval")
     for k, row in shots.items():
         row |= {name.replace("match", "match_novel"): novel[k][name] if novel else None for name in names}
@@ -186,7 +199,9 @@ def few_shot_results(todo: Plan, predictions: dict[str, list[str]], predictor: P
         },
     }  # fmt: skip
     if not test_set.classroom:
-        return result | answer_results(test_set, tasks, lambda task: curve(task, how, predictor, parts, blind=True))
+        return result | answer_results(
+            test_set, tasks, lambda task: curve(task, how, predictor, parts, ("text_only_demos", "blind"))
+        )
     given = {"exact_match_style_given": (predictions["own"], test_set.items, "captions"),
              "exact_match_novel_style_given": (predictions["novel"], test_set.novel, "captions_novel")}  # fmt: skip
     for name, (captions, items, task) in given.items():
@@ -195,13 +210,26 @@ def few_shot_results(todo: Plan, predictions: dict[str, list[str]], predictor: P
     result["questions"] = {"shots": curve(tasks["questions"], how, predictor, parts)}
     for name in ("classification", "classification_novel"):
         task = tasks[name]
-        table = curve(task, how, predictor, parts, text_only=name == "classification")
+        controls_of = ("text_only_demos",) if name == "classification" else ()
+        table = curve(task, how, predictor, parts, controls_of)
         result[name] = {"chance": task.chance, "names": len(task.answers), "shots": table}
-    result["fast_binding"] = fast_binding(predictor, parts, todo.episodes["fast binding"], "fast binding")
-    result["fast_binding"]["novel"] = fast_binding(
-        predictor, parts, todo.episodes["fast binding_novel"], "fast binding (novel)"
-    )
+    both = ("text_only_demos", "shuffled_demos")
+    result["one_word"] = {
+        "chance": tasks["one_word"].chance, "shots": curve(tasks["one_word"], how, predictor, parts, both),
+    }  # fmt: skip
+    result["fast_binding"] = binding_results(todo, predictor, parts)
     return result
+
+
+def binding_results(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
+    """Two ways, and beside them the same for five ways and for novel objects."""
+
+    def measured(kind: str, ways: int) -> dict:
+        title = f"fast binding{kind} {ways}"
+        return fast_binding(predictor, parts, todo.episodes[title], title, todo.seed)
+
+    two, five = (measured("", ways) | {"novel": measured("_novel", ways)} for ways in BINDING_WAYS)
+    return two | {"five_way": five}
 
 
 def attention_results(todo: Plan, predictions: dict[str, list[str]], predictor: Predictor) -> dict:
@@ -231,69 +259,3 @@ def attention_results(todo: Plan, predictions: dict[str, list[str]], predictor: 
         "attention_hit_rate": hits["attention_hit_rate"],
         "attention": {"chance": hits["chance"], "n": hits["n"], "pictures": len(items), "examples": shown},
     }
-
-
-# --------------------------------------------------------------------------------------------------------- print
-def print_result(result: dict, examples: int) -> None:
-    """The table beside its controls, few-shot, and some captions."""
-    print_table(result)
-    print(result["verdict"])
-    if result["shots"]:
-        print_few_shot(result)
-    if result["attention_hit_rate"] is not None:
-        print(
-            f"attention peaks on the thing named: {result['attention_hit_rate']:.3f} "
-            f"(chance {result['attention']['chance']:.3f}, n = {result['attention']['n']} names)"
-        )
-    for example in result["examples"][:examples]:
-        mark = "right" if example["right"] else "WRONG"
-        true = "" if example["right"] else f"  true: {example['true']!r}"
-        print(f"  {mark}  {example['prompt']} {example['said']!r}{true}".replace("  '", " '"))
-
-
-def print_table(result: dict) -> None:
-    """Exact match by number of objects, then every metric beside its controls, with intervals and scales."""
-    groups = ["all", *result["by_objects"]]
-    print(f"exact match, n = {result['n']}")
-    print(f"{'':24}" + "".join(f"{name:>12}" for name in groups))
-    for name in ("exact_match", "exact_match_blind", "exact_match_shuffled"):
-        cells = [result[name], *(group[name] for group in result["by_objects"].values())]
-        print(f"{name:24}" + "".join(f"{cell:12.3f}" for cell in cells))
-    if result["exact_match_novel"] is not None:
-        novel = result["novel"]
-        cells = [novel["exact_match"], *(novel["by_objects"].get(g, {}).get("exact_match") for g in groups[1:])]
-        row = "".join(" " * 11 + "–" if cell is None else f"{cell:12.3f}" for cell in cells)
-        print(f"{'exact_match_novel':24}{row}   (n = {novel['n']})")
-    print(f"\n{'':20}{'score':>8}{'95 % interval':>18}" + "".join(f"{name:>11}" for name in result["controls"]))
-    for name, score in result["metrics"].items():
-        interval = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
-        others = "".join(f"{control[name]['value']:11.3f}" for control in result["controls"].values())
-        print(f"{name:20}{score['value']:8.3f}{interval:>18}{others}   {score['scale']}")
-    print()
-
-
-def print_few_shot(result: dict) -> None:
-    """One row for each number of shots: mean ± spread over trials."""
-    columns = few_shot_columns(result)
-    way = result["few_shot"]
-    print(f"\nfew-shot: examples {way['demos']}, mean ± spread of {way['trials']} draws; 0 shots: {way['zero_shot']}")
-    print("shots" + "".join(f"{title.removesuffix('_demos'):>24}" for title, _, _ in columns))
-    for k in result["shots"]:
-        cells = [(table[k][score], table[k][f"{score}_spread"]) for _, table, score in columns]
-        print(f"{k:>5}" + "".join(f"{value:16.3f} ± {spread:.3f}" for value, spread in cells))
-    if words := answers_sentence(result):
-        print(words)
-    if "exact_match_style_given" in result:
-        print(
-            f"style named by its cue, no example: {result['exact_match_style_given']:.3f}, "
-            f"novel {result['exact_match_novel_style_given']:.3f}; "
-            f"guessing which one: {result['classification']['chance']:.3f}, "
-            f"novel {result['classification_novel']['chance']:.3f}"
-        )
-    if "fast_binding" in result:
-        bound = result["fast_binding"]
-        print(
-            f"fast binding: {bound['accuracy']:.3f} [{bound['low']:.3f}, {bound['high']:.3f}], novel "
-            f"{bound['novel']['accuracy']:.3f} (chance {bound['chance']}, n = {bound['n']})"
-        )
-    print()

@@ -6,8 +6,9 @@ one of them again, elsewhere, at another size, on another ground:
     <image> dax<|endofchunk|><image> wug<|endofchunk|><image>        dax or wug?
 
 The names mean nothing before and the order gives no hint, so only a model that compares the third picture with the
-first two can know; all others are right half of the time. (The Open-Ended MiniImageNet task of Tsimpoukelli et al.
-2021, "Frozen".) The prediction is the likelier of the two names, its <|endofchunk|> included.
+first two can know; all others are right half of the time, with five examples a fifth of it. (The Open-Ended
+MiniImageNet task of Tsimpoukelli et al. 2021, "Frozen".) The prediction is the likeliest of the names shown, its
+<|endofchunk|> included.
 """
 
 import random
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from flamingo.classroom import scenes
+from flamingo.classroom.invented import invented_names
 from flamingo.data.answer_columns import question_prompt
 from flamingo.data.processor import Chunk
-from flamingo.evaluation.few_shot import Query, Task
+from flamingo.evaluation.few_shot import Query, Task, prompt_text
 from flamingo.evaluation.metrics import bootstrap_interval
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
@@ -27,6 +29,7 @@ from flamingo.evaluation.predictor import Predictor
 # ------------------------------------------------------------------------------------------------- pictures
 SEARCHED = 20_000  # scenes, at most
 EXAMPLES = 3  # scenes of a name that classification keeps for examples
+NAMES_OF_EPISODES = 12  # invented names that fast binding draws from
 Singles = dict[str, list[tuple[int, scenes.Scene]]]  # name → (row of the bank, scene), each with another ground
 
 
@@ -70,40 +73,66 @@ def classification_task(name: str, singles: Singles, n: int) -> Task:
 # --------------------------------------------------------------------------------------------- fast binding
 @dataclass(frozen=True)
 class Episode:
-    """Two shown pictures (rows of the bank) with their made-up names, the query picture, and which of the two it is."""
+    """Shown pictures (rows of the bank) with their invented names, the query picture, and which of them it is."""
 
-    shown: tuple[int, int]
-    names: tuple[str, str]
+    shown: tuple[int, ...]
+    names: tuple[str, ...]
     asked: int
     right: int
 
-    def text(self) -> list[Chunk]:
+    def text(self, way: str = "") -> list[Chunk]:
         examples = [Chunk(row, "", name) for row, name in zip(self.shown, self.names, strict=True)]
-        return [*examples, Chunk(self.asked)]
+        return prompt_text(Query(self.asked, "", []), examples, way)
 
 
-def binding_episodes(singles: Singles, n: int, seed: int) -> list[Episode]:
-    """n episodes; the two objects, their names, their order and which is the query are drawn at random."""
-    episodes = []
+def names_of_episodes(seed: int) -> list[str]:
+    """The invented names that episodes draw from, none of which any training has read."""
+    return invented_names(random.Random(f"binding {seed}"), NAMES_OF_EPISODES, held_out=True)
+
+
+def binding_episodes(singles: Singles, n: int, seed: int, ways: int = 2) -> list[Episode]:
+    """n episodes of `ways` objects each; the objects, their names, their order and which is the query are drawn at
+    random."""
+    pool, episodes = names_of_episodes(seed), []
     for i in range(n):
-        rng = random.Random(f"binding {seed} {i}")
-        objects, names, right = rng.sample(sorted(singles), 2), rng.sample(scenes.INVENTED, 2), rng.randrange(2)
-        shown = [rng.choice(singles[name]) for name in objects]
-        grounds = {scene.ground for _, scene in shown}
-        # Another scene of the same object, on neither of the grounds shown: the ground gives no hint.
-        asked = rng.choice([pair for pair in singles[objects[right]] if pair[1].ground not in grounds])
-        episodes.append(Episode((shown[0][0], shown[1][0]), tuple(names), asked[0], right))
+        rng = random.Random(f"binding {seed} {ways} {i}")
+        objects, names, right = rng.sample(sorted(singles), ways), rng.sample(pool, ways), rng.randrange(ways)
+        asked, scene = rng.choice(singles[objects[right]])
+        # All are shown on other grounds than the query's: the ground gives no hint.
+        others = [[row for row, other in singles[name] if other.ground != scene.ground] for name in objects]
+        episodes.append(Episode(tuple(map(rng.choice, others)), tuple(names), asked, right))
     return episodes
 
 
-def fast_binding(predictor: Predictor, parts: Parts, episodes: Sequence[Episode], title: str) -> dict:
-    """{accuracy, low, high, n, chance}."""
+def fast_binding(predictor: Predictor, parts: Parts, episodes: Sequence[Episode], title: str, seed: int) -> dict:
+    """{accuracy, low, high, n, chance, blind, text_only_demos}: with the pictures, and the controls, which are at
+    chance: all pictures taken away, and those of the examples."""
+    pool = names_of_episodes(seed)
+    columns = [[pool.index(name) for name in episode.names] for episode in episodes]
 
-    def work() -> list[bool]:
-        scores = predictor.choose([episode.text() for episode in episodes], scenes.INVENTED, title)  # (B, K)
-        columns = [[scenes.INVENTED.index(name) for name in episode.names] for episode in episodes]
-        return [scores[b, columns[b]].argmax().item() == episode.right for b, episode in enumerate(episodes)]
+    def marks(way: str) -> np.ndarray:
+        texts = [episode.text("" if way == "blind" else way) for episode in episodes]
 
-    marks = np.array(parts.keep(title, work), dtype=float)
-    low, high = bootstrap_interval(marks)
-    return {"accuracy": float(marks.mean()), "low": float(low), "high": float(high), "n": len(marks), "chance": 0.5}
+        def work() -> list[bool]:
+            scores = predictor.choose(texts, pool, f"{title} {way}".strip(), blind=way == "blind")  # (B, K)
+            return [scores[b, columns[b]].argmax().item() == episode.right for b, episode in enumerate(episodes)]
+
+        return np.array(parts.keep(f"{title} {way}", work), dtype=float)
+
+    right = marks("")
+    low, high = bootstrap_interval(right)
+    result = {"accuracy": float(right.mean()), "low": float(low), "high": float(high), "n": len(right)}
+    controls = {way: float(marks(way).mean()) for way in ("blind", "text_only_demos")}
+    return result | {"chance": 1 / len(episodes[0].shown)} | controls
+
+
+def binding_sentence(bound: dict) -> str:
+    """Fast binding, two ways and five, beside its controls."""
+
+    def cell(held: dict) -> str:
+        return (
+            f"{held['accuracy']:.3f} [{held['low']:.3f}, {held['high']:.3f}], novel {held['novel']['accuracy']:.3f} "
+            f"(blind {held['blind']:.3f}, text only {held['text_only_demos']:.3f}, chance {held['chance']:.2f})"
+        )
+
+    return f"fast binding, n = {bound['n']}: of two {cell(bound)}; of five {cell(bound['five_way'])}"

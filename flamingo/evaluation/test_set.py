@@ -114,6 +114,12 @@ def classroom_test_set(split: str | None, n: int, seed: int) -> EvaluationSet:
     return EvaluationSet("the classroom", split, items, novel, shown, classroom=True)
 
 
+def one_word_scenes(split: str, n: int, seed: int) -> list[scenes.Scene]:
+    """n scenes of a split that have a left and a right, none of them among the items."""
+    rng = random.Random(f"one word {seed}")
+    return [scenes.make_scene(seed, split, 2**43 + i, layout=rng.choice(scenes.RULE_LAYOUTS)) for i in range(n)]
+
+
 # ------------------------------------------------------------------------------------------------- captioned set
 def _captions(example) -> list[str]:
     return [chunk.caption for text in example.texts for chunk in text if chunk.picture == 0 and chunk.caption]

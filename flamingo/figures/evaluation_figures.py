@@ -110,20 +110,59 @@ def tasks_figure(result: dict) -> bytes | None:
     return png(figure)
 
 
+def one_word_figure(result: dict) -> bytes | None:
+    """One word by a rule, against the number of examples, beside its controls (classroom only)."""
+    if "one_word" not in result:
+        return None
+    table = result["one_word"]["shots"]
+    figure, axes = _axes("A rule only the pictures show", "right answers")
+    _line(axes, table, "exact_match", "examples with pictures", COLORS["with"])
+    _line(axes, table, "text_only_demos", "their texts only", WORDS_ONLY, "s--")
+    _line(axes, table, "shuffled_demos", "their pictures exchanged", LIMIT, "d--")
+    axes.axhline(result["one_word"]["chance"], color="black", lw=1, ls=":", label="guessing the rule")
+    axes.set(xlabel="examples in the prompt (shots)", ylim=(0, 1.05))
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
+    return png(figure)
+
+
+def _bars_beside(axes: plt.Axes, labels: Sequence[str], series: dict[str, tuple[list[float], str]]) -> None:
+    """Groups of bars: series is label → (a value for each group, color)."""
+    width = 0.8 / len(series)
+    for k, (label, (values, color)) in enumerate(series.items()):
+        places = np.arange(len(labels)) + (k - (len(series) - 1) / 2) * width
+        axes.bar(places, values, width=0.9 * width, color=color, label=label)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylim(0, 1.05)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
+
+
 def binding_figure(result: dict) -> bytes | None:
-    """Fast binding beside chance, with 95 % intervals (classroom only)."""
+    """Fast binding beside its controls and chance (classroom only)."""
     if "fast_binding" not in result:
         return None
     bound = result["fast_binding"]
-    figure, axes = _axes("A name learned from one showing?", "right answers", width=3.6)
-    rows = [bound, bound["novel"]]
-    bars = [
-        [max(0, row["accuracy"] - row["low"]) for row in rows],
-        [max(0, row["high"] - row["accuracy"]) for row in rows],
-    ]
-    values = [row["accuracy"] for row in rows]
-    axes.bar(["seen objects", "novel objects"], values, yerr=bars, color=[COLORS["with"], NOVEL], capsize=3, width=0.6)
-    axes.axhline(bound["chance"], color="black", lw=1, ls=":", label="chance")
+    rows = [bound, bound["five_way"]]
+    figure, axes = _axes("A name learned from one showing?", "right answers", width=4.6)
+    _bars_beside(axes, ["of two names", "of five names"], {
+        "seen objects": ([row["accuracy"] for row in rows], COLORS["with"]),
+        "novel objects": ([row["novel"]["accuracy"] for row in rows], NOVEL),
+        "examples' texts only": ([row["text_only_demos"] for row in rows], WORDS_ONLY),
+        "blind": ([row["blind"] for row in rows], LIMIT),
+    })  # fmt: skip
+    for place, row in enumerate(rows):
+        axes.plot([place - 0.45, place + 0.45], [row["chance"]] * 2, color="black", lw=1, ls=":")
+    return png(figure)
+
+
+def gates_figure(result: dict) -> bytes | None:
+    """Exact match as the model is, and with the attention gate of each layer closed (classroom only)."""
+    if "closed_gates" not in result:
+        return None
+    layers = result["closed_gates"]
+    figure, axes = _axes("One gate closed", "exact match", width=4.6)
+    labels = [f"layer {k + 1}\ngate {held['gate']:+.2f}" for k, held in enumerate(layers)]
+    axes.bar(labels, [held["exact_match_closed"] for held in layers], color=COLORS["train"])
+    axes.axhline(layers[0]["exact_match"], color=COLORS["with"], lw=1, label="all open")
     axes.set_ylim(0, 1.05)
     axes.legend(frameon=False, fontsize=8)
     return png(figure)

@@ -1,13 +1,14 @@
 """The end of a run: the weights, a look at what the model has become, and a summary."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 
 from flamingo.config import ModelConfig
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.evaluation.first_look import first_look
+from flamingo.evaluation.test_set import Item
 from flamingo.fast.precision import autocast
 from flamingo.files import write_json
 from flamingo.interop.selfcheck import check_decoding
@@ -19,17 +20,17 @@ from flamingo.training.log import RunLog
 
 def finish(
     folder: Path, model: VisionLanguageModel, processor: FlamingoProcessor, config: ModelConfig,
-    validation_set: Dataset, log: RunLog, counts: tuple[int, int], device: torch.device, dtype: str,
+    items: Sequence[Item], log: RunLog, counts: tuple[int, int], device: torch.device, dtype: str,
 ) -> None:  # fmt: skip
-    """Save, check that decoding is right, caption 64 validation pictures, and report.
+    """Save, check that decoding is right, caption the validation items, and report.
 
-    counts: parameters that train, and frozen ones.
+    items: validation pictures with their captions. counts: parameters that train, and frozen ones.
     Raises InputError when these libraries would make captions nonsense; the weights are safe by then.
     """
     save_model(folder, model, processor, config)
     precision = lambda: autocast(device, dtype)  # noqa: E731
     check_decoding(model, precision)
-    look = first_look(model, processor, validation_set, precision, log.options.seed)
+    look = first_look(model, processor, items, precision)
     summary = log.summary(device, dtype) | {
         "trainable_parameters": counts[0],
         "frozen_parameters": counts[1],

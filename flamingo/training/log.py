@@ -4,16 +4,16 @@ import dataclasses
 import json
 import random
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flamingo.config import TrainingOptions
 from flamingo.data.processor import FlamingoProcessor
-from flamingo.evaluation.captioning import caption, encode_pictures
+from flamingo.evaluation.first_look import Context, marks_of, own_captions
+from flamingo.evaluation.test_set import Item
 from flamingo.fast.device import peak_memory_bytes
 from flamingo.figures import run_figures
 from flamingo.files import write_atomically
@@ -34,7 +34,8 @@ class RunLog:
     """Everything a run writes beside its weights.
 
     metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, and a line per validation,
-    {"step", "val_loss", "val_loss_blind", "attn": [...], "ff": [...]} with tanh(gate) of each layer.
+    {"step", "val_loss", "val_loss_blind", "exact_match" (or "cider_d"), "attn": [...], "ff": [...]} with tanh(gate) of
+    each layer.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class RunLog:
         self.losses: list[float] = []
         self.validations: list[dict] = []
         self.captions_seen = 0
+        self.score: dict[str, float] = {}  # of the last validation's captions
         self.first_step: float | None = None
         self.began = time.time()
         self._take_up(folder / "metrics.jsonl", steps_done)
@@ -79,13 +81,12 @@ class RunLog:
         seconds = time.time() - self.launched
         lr = optimizer.param_groups[0]["lr"]
         self._write({"step": step + 1, "loss": self.losses[-1], "lr": lr, "captions": captions, "seconds": seconds})
-        bar.set_postfix(
-            loss=f"{self.losses[-1]:.3f}", captions_per_second=f"{self.captions_seen / (time.time() - self.began):.0f}"
-        )
+        shown = {"loss": f"{self.losses[-1]:.3f}"} | {name: f"{value:.2f}" for name, value in self.score.items()}
+        bar.set_postfix(shown | {"captions_per_second": f"{self.captions_seen / (time.time() - self.began):.0f}"})
 
-    def validation(self, step: int, losses: dict[str, float], gates: list[tuple[float, float]], bar: tqdm) -> None:
-        """After each validation."""
-        entry = {"step": step, **losses, "attn": [attn for attn, _ in gates], "ff": [ff for _, ff in gates]}
+    def validation(self, step: int, scores: dict[str, float], gates: list[tuple[float, float]], bar: tqdm) -> None:
+        """After each validation. scores: the two losses, and the score of `samples`."""
+        entry = {"step": step, **scores, "attn": [attn for attn, _ in gates], "ff": [ff for _, ff in gates]}
         self.validations.append(entry)
         self._write(entry)
         opened = " ".join(f"{attn:+.2f}" for attn in entry["attn"])
@@ -100,33 +101,25 @@ class RunLog:
         )
 
     def samples(
-        self,
-        model: Flamingo,
-        processor: FlamingoProcessor,
-        examples: Dataset,
-        autocast: AbstractContextManager,
-        bar: tqdm,
-    ) -> None:
-        """Caption a few validation pictures, print two, draw all."""
-        rng = random.Random(f"samples {self.options.seed} {len(self.validations)}")
-        drawn = (examples[i] for i in rng.sample(range(len(examples)), min(2 * SHOWN, len(examples))))
-        first = ((e.pictures[0], next(c for c in e.texts[0] if c.picture == 0)) for e in drawn)
-        shown = [(picture, chunk) for picture, chunk in first if chunk.caption][:SHOWN]
-        if not shown:  # documents whose first pictures have no captions
-            return
-        pictures, chunks = zip(*shown, strict=True)
-        prompts, truths = [chunk.prompt for chunk in chunks], [chunk.caption for chunk in chunks]
+        self, model: Flamingo, processor: FlamingoProcessor, items: Sequence[Item], autocast: Context, bar: tqdm
+    ) -> dict[str, float]:
+        """Caption the validation pictures → their mean score by name (nothing if there are none); print two captions,
+        draw a few."""
+        if not items:  # documents whose first pictures have no captions
+            return {}
         model.eval()
-        with autocast:
-            latents = encode_pictures(model, processor, pictures)
-            predictions = caption(model, processor, latents, prompts)
+        predictions = own_captions(model, processor, items, autocast)
         model.train()
-        for prediction, truth in list(zip(predictions, truths, strict=True))[:2]:
-            bar.write(f"    predicted: {prediction!r}   true: {truth!r}")
-        write_atomically(
-            self.folder / "samples.png",
-            lambda path: run_figures.samples_figure(path, pictures, predictions, truths, prompts),
-        )
+        name, marks = marks_of(items, predictions)
+        self.score = {name: float(marks.mean())}
+        rng = random.Random(f"samples {self.options.seed} {len(self.validations)}")
+        shown = rng.sample(range(len(items)), min(SHOWN, len(items)))
+        for i in shown[:2]:
+            bar.write(f"    predicted: {predictions[i]!r}   true: {items[i].truths[0]!r}")
+        rows = [(items[i].picture, predictions[i], items[i].truths[0], items[i].prompt) for i in shown]
+        columns = list(zip(*rows, strict=True))  # pictures, predictions, truths, prompts
+        write_atomically(self.folder / "samples.png", lambda path: run_figures.samples_figure(path, *columns))
+        return self.score
 
     def summary(self, device: torch.device, dtype: str) -> dict:
         """What is left to report at the end."""

@@ -47,3 +47,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: Trai
     """Give each group its peak rate times `warmup_cosine`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * warmup_cosine(step, options.steps, options.warmup_steps)
+
+
+@torch.no_grad()
+def open_gates(model: VisionLanguageModel, step: int, options: TrainingOptions) -> None:
+    """After step `step` of the warmup: the gates stand where the schedule wants them, from 0 to `gate_opening`.
+
+    At step 0 the model is the language model it was. But whether a layer ever looks is decided by its gate: while it
+    is shut the block behind it gets no gradient, so the first layer whose gate happens to open learns everything and
+    the others stay shut. Opened alike, all learn from the start; after the warmup the gates are trained as all else.
+    """
+    if step >= options.warmup_steps or not options.gate_opening:
+        return
+    value = math.atanh(options.gate_opening * (step + 1) / options.warmup_steps)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            parameter.fill_(value)

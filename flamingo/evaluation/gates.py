@@ -1,0 +1,61 @@
+"""What is each layer's look worth? One attention gate is closed at a time, and the pictures are captioned again.
+
+What this file teaches: a gate's value does not show what its layer does. A wide open gate may let through what a later
+layer sees as well, and a small one may carry what all later layers build on. Taking it away shows it (an *ablation*).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from flamingo.data.processor import Chunk
+from flamingo.evaluation.metrics import exact_match
+from flamingo.evaluation.parts import Parts
+from flamingo.evaluation.predictor import Predictor
+from flamingo.evaluation.test_set import Item
+from flamingo.model.vlm import Flamingo
+
+CAPTIONED = 200  # pictures captioned with each gate closed
+
+
+@contextmanager
+def closed_gate(model: Flamingo, layer: int) -> Iterator[None]:
+    """Inside, the attention gate of decoder layer `layer` is 0: this layer looks at nothing."""
+    gate = model.lang_encoder._get_decoder_layers()[layer].gated_cross_attn_layer.attn_gate
+    opened = gate.detach().clone()
+    with torch.no_grad():
+        gate.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            gate.copy_(opened)
+
+
+def without_each_gate(
+    predictor: Predictor, parts: Parts, items: Sequence[Item], rows: Sequence[int]
+) -> list[dict[str, float]]:
+    """For each layer {gate, exact_match, exact_match_closed}: tanh of its attention gate, the exact match of the first
+    items as the model is, and with this gate closed."""
+    items = items[:CAPTIONED]
+    texts = [[Chunk(row, item.prompt)] for row, item in zip(rows, items, strict=False)]
+    truths = [item.truths for item in items]
+
+    def right(title: str) -> float:
+        return float(exact_match(parts.keep(title, lambda: predictor.predict(texts, title)), truths).mean())
+
+    own, result = right("all gates open"), []
+    for layer, (gate, _) in enumerate(predictor.model.gates()):
+        with closed_gate(predictor.model, layer):
+            result.append({"gate": gate, "exact_match": own, "exact_match_closed": right(f"gate {layer} closed")})
+    return result
+
+
+def gates_sentence(layers: list[dict]) -> str:
+    """What each layer's look is worth."""
+    closed = ", ".join(f"{held['exact_match_closed']:.3f} ({held['gate']:+.2f})" for held in layers)
+    return (
+        f"exact match with one attention gate closed, first layer first (its gate): {closed}; "
+        f"with none {layers[0]['exact_match']:.3f}"
+    )
