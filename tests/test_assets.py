@@ -1,12 +1,16 @@
 """The committed classroom backbones: small, safe to load, and good enough for everything that stands on them."""
 
+import random
+
 import torch
 from PIL import Image
 
 from flamingo.classroom import scenes
-from flamingo.classroom.documents import document
-from flamingo.classroom.pretraining import patch_names, to_pixels
-from flamingo.classroom.probes import probe_left_half, probe_patches
+from flamingo.classroom.documents import document, naming_lines
+from flamingo.classroom.invented import is_held_out
+from flamingo.classroom.pretrain_clip import patch_names, to_pixels
+from flamingo.classroom.pretrain_lm import place_lookup_heads, spread_words
+from flamingo.classroom.probes import probe_left_half, probe_patches, recall
 from flamingo.files import asset
 from flamingo.interop.backbones import load_language_model, load_vision_encoder
 
@@ -23,7 +27,7 @@ class AsClip:
 def test_they_are_small_and_hold_no_pickle():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".md", ".safetensors"}
 
 
 def test_the_encoder_prepares_a_scene_as_it_was_trained():
@@ -87,3 +91,25 @@ def test_the_encoder_is_frozen_whatever_the_model_around_it_does():
 
 def test_documents_are_reproducible():
     assert document(1, "train", 2, include_novel=True) == document(1, "train", 2, include_novel=True)
+
+
+def test_the_language_model_looks_up_names_it_has_never_read():
+    lm, tokenizer = load_language_model(str(FOLDER / "opt"))
+    documents = [naming_lines(random.Random(f"looked up {i}"), held_out=True) for i in range(100)]
+    assert all(is_held_out(line.split()[-1]) for lines in documents for line in lines)
+    assert recall(lm, tokenizer, documents) >= 0.95
+
+
+def test_the_placed_heads_find_the_token_that_stood_behind_this_one():
+    lm, tokenizer = load_language_model(str(FOLDER / "opt"))
+    fresh = type(lm)(lm.config).eval()
+    torch.manual_seed(0)
+    spread_words(fresh.get_input_embeddings().weight, tokenizer)
+    place_lookup_heads(fresh)
+    fresh.set_attn_implementation("eager")
+    once = torch.randperm(1000)[:50] + 4
+    first, second = fresh(torch.cat([once, once])[None], output_attentions=True).attentions[:2]
+    here, before = torch.arange(1, 100), torch.arange(99)
+    assert first[0, 0, here, before].mean() > 0.5  # one token back
+    again, behind = torch.arange(50, 99), torch.arange(1, 50)
+    assert second[0, 0, again, behind].mean() > 10 / 75  # ten times as much as if it looked anywhere

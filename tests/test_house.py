@@ -19,7 +19,15 @@ FLOORS = [
     ("interop.backbones", "interop.selfcheck"),
     ("evaluation",),
     ("training",),
-    ("interop", "figures", "classroom.pretraining", "__main__", "__init__"),
+    (
+        "interop",
+        "figures",
+        "classroom.pretraining",
+        "classroom.pretrain_lm",
+        "classroom.pretrain_clip",
+        "__main__",
+        "__init__",
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ import random
 from flamingo.classroom import scenes
 from flamingo.classroom.invented import invented_names
 
-NAMINGS, RULES, ONE_SCENE = 0.15, 0.05, 0.3  # shares of the documents
+NAMINGS, ONE_WORD, ONE_SCENE = 0.2, 0.05, 0.28  # shares of the documents
 
 
 def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -> str:
@@ -21,7 +21,7 @@ def chunk(scene: scenes.Scene, style: str, rng: random.Random, with_cue: bool) -
     return f"{cue} {scene.caption(style)}"
 
 
-def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
+def document(seed: int, split: str, index: int, *, include_novel: bool, namings: bool = True) -> str:
     """Four kinds of document, a line for each caption.
 
     Half caption 1 to 16 scenes in one style throughout; three in ten of these name it with a cue. A third caption *one*
@@ -29,15 +29,17 @@ def document(seed: int, split: str, index: int, *, include_novel: bool) -> str:
     learns to be sure of a name. (A model that has only ever guessed names cannot predict one with confidence, whatever
     it is shown.) Some give invented names to things and use them again, in another order: only a model that looks them
     up can know the next one. And a few have one word a line, of one kind throughout.
+
+    namings: with invented names (for all but the tokenizer).
     """
     rng = random.Random(f"document {seed} {split} {index}")
     first = rng.randrange(2**40)
-    kind = rng.random()
+    kind = rng.uniform(0 if namings else NAMINGS, 1)
     if kind < NAMINGS:
         return "\n".join(naming_lines(rng, held_out=split != "train"))
-    if kind < NAMINGS + RULES:
+    if kind < NAMINGS + ONE_WORD:
         return "\n".join(one_word_lines(rng))
-    if kind < NAMINGS + RULES + ONE_SCENE:
+    if kind < NAMINGS + ONE_WORD + ONE_SCENE:
         drawn = [
             scenes.make_scene(seed, split, first + k, include_novel=include_novel) for k in range(rng.randint(1, 4))
         ]

@@ -105,11 +105,13 @@ def retrieval(clip, tokenizer, to_pixels) -> dict[str, float]:
 
 @torch.no_grad()
 def recall(lm, tokenizer, documents: list[list[str]]) -> float:
-    """How often the model predicts the last token of each document, having read it in a line before."""
+    """How often the model predicts the last word of each document, all its tokens, having read it in a line before."""
     right = 0
     for lines in documents:
-        ids = torch.tensor([tokenizer("\n".join(lines)).input_ids])
-        right += int(lm(input_ids=ids).logits[0, -2].argmax() == ids[0, -1])
+        before, word = "\n".join(lines).rsplit(" ", 1)
+        ids, known = tokenizer(f"{before} {word}").input_ids, len(tokenizer(before).input_ids)
+        predicted = lm(input_ids=torch.tensor([ids])).logits[0].argmax(dim=-1)
+        right += predicted[known - 1 : -1].tolist() == ids[known:]
     return right / len(documents)
 
 
