@@ -271,7 +271,8 @@ class TrainingOptions:
     lr: float = option(1e-3, "peak learning rate of all that trains but the gates")
     gate_lr: float = option(0.05, "peak learning rate of the tanh gates")
     gate_opening: float = option(
-        0.0, "open the gates to this value over the warmup, whatever their gradient; 0 leaves them to learn from 0"
+        0.0,
+        "open the attention gates to this value over the warmup, whatever their gradient (0: they learn from 0)",
     )
     weight_decay: float = option(0.05, "weight decay of the matrices; nothing else decays")
     warmup_steps: int = option(30, "optimizer steps of linear warmup, before the cosine")

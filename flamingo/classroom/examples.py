@@ -1,6 +1,7 @@
 """The classroom scenes as training examples: what `python train.py` learns from when nothing else is named."""
 
 import random
+from dataclasses import replace
 
 from torch.utils.data import Dataset
 
@@ -18,11 +19,13 @@ class ClassroomScenes(Dataset):
 
     Most examples have two texts, each in another style: their pictures are encoded and resampled once for both.
 
-    The first `curriculum` examples are one scene captioned as a list and as a telegram. Nearly every word of these is
-    a name, a ground or a place, in reading order, so that names and places are learned early; among longer captions
-    they stay unlearned for long, because most of what can be gained at first lies elsewhere.
+    A `curriculum` of two parts comes first. Its first examples are one scene captioned as a list and as a telegram.
+    Nearly every word of these is a name, a ground or a place, in reading order, so that names and places are learned
+    early; among longer captions they stay unlearned for long, because most of what can be gained at first lies
+    elsewhere. Its second part has everything but the two kinds that are looked up in other pictures (below): until the
+    model knows what it sees, there is nothing to look up, and these examples only disturb.
 
-    After them there are four kinds. Most are one scene, with captions (nearly always with the cue of their style) or
+    After it there are four kinds. Most are one scene, with captions (nearly always with the cue of their style) or
     questions about one fact. Some are documents: 2 to 8 scenes captioned in one style, which mostly nothing shows but
     the first captions themselves. Some give things invented names and need them again (`naming`), and some answer every
     picture with one word, by a rule that only the pictures show (`one_word`): both can only be looked up in the
@@ -30,13 +33,13 @@ class ClassroomScenes(Dataset):
     """
 
     LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
-    DOCUMENTS, NAMINGS, RULES = 0.12, 0.10, 0.10  # shares of the examples
+    DOCUMENTS, NAMINGS, RULES = 0.1, 0.15, 0.35  # shares of the examples
     DOCUMENT_LENGTHS = (2, 2, 3, 3, 4, 4, 8)  # scenes; drawn from
-    QUESTIONS = 0.15  # share of the texts about one scene
+    QUESTIONS = 0.15  # share of the texts, of documents too
 
     skipped: tuple[str, ...] = ()  # nothing is ever broken here
 
-    def __init__(self, split: str, seed: int = 0, size: int = 100_000, curriculum: int = 0):
+    def __init__(self, split: str, seed: int = 0, size: int = 100_000, curriculum: tuple[int, int] = (0, 0)):
         self.split, self.seed, self.size, self.curriculum = split, seed, size, curriculum
 
     def __len__(self) -> int:
@@ -59,10 +62,11 @@ class ClassroomScenes(Dataset):
             layouts = rng.choices(scenes.LAYOUTS, self.LAYOUTS, k=count)
             return [scenes.make_scene(self.seed, self.split, rng.randrange(2**40), layout=each) for each in layouts]
 
-        if index < self.curriculum:
+        lists, captions = self.curriculum
+        if index < lists:
             drawn = scenes_of(1)
             return drawn, [caption_scenes(drawn, style, with_cue=True) for style in CURRICULUM_STYLES]
-        kind = rng.random()
+        kind = rng.uniform(0 if index >= lists + captions else self.NAMINGS + self.RULES, 1)
         if kind < self.NAMINGS:
             return naming(rng, self.split)
         if kind < self.NAMINGS + self.RULES:
@@ -71,8 +75,8 @@ class ClassroomScenes(Dataset):
         drawn = scenes_of(rng.choice(self.DOCUMENT_LENGTHS) if document else 1)
         texts = []
         for style in rng.sample(scenes.STYLES, 2):
-            if not document and rng.random() < self.QUESTIONS:
-                texts.append([question_chunk(drawn[0], rng)])
+            if rng.random() < self.QUESTIONS:
+                texts.append([question_chunk(k, scene, rng) for k, scene in enumerate(drawn)])
             else:
                 texts.append(caption_scenes(drawn, style, with_cue=rng.random() < (0.2 if document else 0.9)))
         return drawn, texts
@@ -84,10 +88,10 @@ def caption_scenes(drawn: list[scenes.Scene], style: str, with_cue: bool) -> lis
     return [Chunk(k, cue, scene.caption(style)) for k, scene in enumerate(drawn)]
 
 
-def question_chunk(scene: scenes.Scene, rng: random.Random) -> Chunk:
+def question_chunk(picture: int, scene: scenes.Scene, rng: random.Random) -> Chunk:
     """One question about the scene, as the prompt, and its answer."""
     question, answer = rng.choice(scene.questions())
-    return Chunk(0, question_prompt(question), answer)
+    return Chunk(picture, question_prompt(question), answer)
 
 
 def naming(rng: random.Random, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
@@ -108,8 +112,15 @@ def rule_chunk(picture: int, scene: scenes.Scene, rule: str) -> Chunk:
 
 
 def one_word(rng: random.Random, seed: int, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
-    """Three to nine scenes, each answered by one word, all by one rule: which, only the examples' pictures show."""
+    """Three to nine scenes, each answered by one word, all by one rule: which, only the examples' pictures show.
+
+    Of half the documents the words of the rules left and right are followed by the place, which gives the rule away:
+    what is first read aloud (a place in an example, then a thing in that place) can later be thought in silence.
+    """
     rule = rng.choice(scenes.RULES)
     layouts = rng.choices(scenes.RULE_LAYOUTS, k=rng.choice((3, 4, 5, 6, 9)))
     drawn = [scenes.make_scene(seed, split, rng.randrange(2**40), layout=layout) for layout in layouts]
-    return drawn, [[rule_chunk(k, scene, rule) for k, scene in enumerate(drawn)]]
+    chunks = [rule_chunk(k, scene, rule) for k, scene in enumerate(drawn)]
+    if rule in ("left", "right") and rng.random() < 0.5:
+        chunks = [replace(chunk, prompt=scenes.WORD_AND_PLACE, caption=f"{chunk.caption} {rule}") for chunk in chunks]
+    return drawn, [chunks]

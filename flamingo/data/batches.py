@@ -7,6 +7,7 @@ the prompt; the caption, and the token that ends it. `caption_labels` is that lo
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 
 import torch
 from PIL import Image
@@ -149,7 +150,7 @@ def point_at_bank(rows: Sequence[Sequence[int]], pictures: int) -> dict:
 class StepSampler(Sampler):
     """The examples of each step: shuffled anew every epoch, a function of (seed, step) alone.
 
-    curriculum: in the first epoch this many leading examples come before the rest.
+    curriculum: in the first epoch the leading examples come before the rest, in parts of these sizes.
     skip: leave out the first steps: they were done before the run was stopped.
 
     A batch is as long as its longest text, and what the others lack is padding that costs as much as text. So
@@ -165,7 +166,7 @@ class StepSampler(Sampler):
         batch_size: int,
         steps: int,
         seed: int,
-        curriculum: int = 0,
+        curriculum: Sequence[int] = (),
         skip: int = 0,
     ):
         self.lengths, self.size, self.batch_size = lengths, size, min(batch_size, size)
@@ -177,7 +178,7 @@ class StepSampler(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         step, epoch = 0, 0
         while step < self.steps:
-            for batch in self._epoch(random.Random(f"{self.seed} {epoch}"), self.curriculum if epoch == 0 else 0):
+            for batch in self._epoch(random.Random(f"{self.seed} {epoch}"), self.curriculum if epoch == 0 else ()):
                 if step == self.steps:
                     return
                 if step >= self.skip:
@@ -185,9 +186,10 @@ class StepSampler(Sampler):
                 step += 1
             epoch += 1
 
-    def _epoch(self, rng: random.Random, curriculum: int) -> Iterator[list[int]]:
-        for part in (range(curriculum), range(curriculum, self.size)):
-            yield from self._shuffled(rng, rng.sample(part, len(part)))
+    def _epoch(self, rng: random.Random, curriculum: Sequence[int]) -> Iterator[list[int]]:
+        borders = [0, *accumulate(curriculum), self.size]
+        for first, end in pairwise(borders):
+            yield from self._shuffled(rng, rng.sample(range(first, end), end - first))
 
     def _shuffled(self, rng: random.Random, order: list[int]) -> Iterator[list[int]]:
         window = self.WINDOW * self.batch_size
@@ -210,7 +212,8 @@ def batches(
 ) -> DataLoader:
     """`steps` batches of `batch_size` examples, but for the first `skip`.
 
-    `examples.length(i)` is any measure of how long its longest text is, `examples.curriculum` how many come first.
+    `examples.length(i)` is any measure of how long its longest text is, `examples.curriculum` the sizes of the parts
+    that come first.
 
     workers: processes that prepare batches ahead; 0 prepares on demand.
     """

@@ -86,7 +86,7 @@ class CaptionedPictures(Dataset):
         without_caption: pictures that can be read but have no usable caption.
     """
 
-    curriculum = 0  # all examples are equal
+    curriculum = ()  # all examples are equal
 
     def __init__(self, rows, image_column: str, caption_columns: Sequence[str], source: str, split: str):
         self.rows, self.image_column, self.caption_columns = rows, image_column, tuple(caption_columns)

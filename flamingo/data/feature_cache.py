@@ -227,7 +227,7 @@ class _PreparedPictures(Dataset):
 class ExamplesWithFeatures(Dataset):
     """A captioned set whose examples bring features in place of pictures."""
 
-    curriculum = 0
+    curriculum = ()
 
     def __init__(self, examples: CaptionedPictures, cache: FeatureCache):
         self.examples, self.cache, self.length = examples, cache, examples.length

@@ -271,7 +271,7 @@ def questions_task(
     shown = dict(zip(support, test_set.support, strict=True))
 
     def ask(row: int, scene: scenes.Scene) -> Chunk:
-        return replace(question_chunk(scene, random.Random(f"question {seed} {row}")), picture=row)
+        return question_chunk(row, scene, random.Random(f"question {seed} {row}"))
 
     asked = [ask(row, item.scene) for row, item in zip(rows, items, strict=True)]
     queries = [Query(chunk.picture, chunk.prompt, [chunk.caption]) for chunk in asked]

@@ -29,7 +29,7 @@ from flamingo.evaluation.predictor import Predictor
 # ------------------------------------------------------------------------------------------------- pictures
 SEARCHED = 20_000  # scenes, at most
 EXAMPLES = 3  # scenes of a name that classification keeps for examples
-NAMES_OF_EPISODES = 12  # invented names that fast binding draws from
+NAMES_OF_EPISODES = 6  # invented names that fast binding draws from
 Singles = dict[str, list[tuple[int, scenes.Scene]]]  # name → (row of the bank, scene), each with another ground
 
 

@@ -51,7 +51,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: Trai
 
 @torch.no_grad()
 def open_gates(model: VisionLanguageModel, step: int, options: TrainingOptions) -> None:
-    """After step `step` of the warmup: the gates stand where the schedule wants them, from 0 to `gate_opening`.
+    """In the warmup the attention gates stand where the schedule wants them, from 0 to `gate_opening`.
 
     At step 0 the model is the language model it was. But whether a layer ever looks is decided by its gate: while it
     is shut the block behind it gets no gradient, so the first layer whose gate happens to open learns everything and
@@ -61,5 +61,5 @@ def open_gates(model: VisionLanguageModel, step: int, options: TrainingOptions) 
         return
     value = math.atanh(options.gate_opening * (step + 1) / options.warmup_steps)
     for name, parameter in model.named_parameters():
-        if name.endswith("_gate"):
+        if name.endswith("attn_gate"):
             parameter.fill_(value)

@@ -8,7 +8,7 @@ from flamingo.data.captions import load_captions
 from flamingo.errors import InputError
 
 SCENES = 100_000  # of a split
-CURRICULUM_SHARE = 0.2  # share of a classroom run that is curriculum
+CURRICULUM = (0.2, 0.25)  # shares of a classroom run: its first and its second part (ClassroomScenes)
 
 
 def uses_classroom(options: TrainingOptions) -> bool:
@@ -24,7 +24,7 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
         examples = options.steps * options.accumulate * options.batch_size
         # At least as many scenes as the run shows: a second epoch would show the curriculum again.
         size = max(SCENES, examples)
-        train = ClassroomScenes("train", options.seed, size, curriculum=int(CURRICULUM_SHARE * examples))
+        train = ClassroomScenes("train", options.seed, size, tuple(int(share * examples) for share in CURRICULUM))
         return train, ClassroomScenes("validation", options.seed, SCENES)
     splits = load_captions(
         options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed
