@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from flamingo.data.preprocess import Preprocess, to_rgb
+from flamingo.data.pictures import open_picture
+from flamingo.data.places import Unusable
+from flamingo.data.preprocess import Preprocess
 from flamingo.errors import InputError
 
 MEDIA_TOKEN, EOC_TOKEN = "<image>", "<|endofchunk|>"
@@ -263,7 +265,6 @@ def _opened(picture: Image.Image | str | Path) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
     try:
-        with Image.open(picture) as opened:
-            return to_rgb(opened)
-    except OSError as error:
-        raise InputError(f"{picture} cannot be read as a picture ({type(error).__name__})") from error
+        return open_picture(picture)
+    except Unusable as error:
+        raise InputError(f"{picture} {error}") from error
