@@ -13,66 +13,28 @@ and listed.
 
 import copy
 import hashlib
+import os
 import random
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from flamingo.config import TrainingOptions
 from flamingo.data.answer_columns import AnswerColumns, with_captions_from_labels
 from flamingo.data.batches import Example
+from flamingo.data.columns import CAPTION_COLUMN, find_columns, with_pictures_undecoded
 from flamingo.data.folders import Split, read_splits
 from flamingo.data.pictures import open_picture, picture_bytes
 from flamingo.data.places import Place, Unusable, shown
-from flamingo.data.processor import EOC_TOKEN, MEDIA_TOKEN, Chunk
+from flamingo.data.processor import Chunk
+from flamingo.data.texts import parse_text, texts_of_row
 from flamingo.errors import InputError
 
-IMAGE_COLUMNS = ("image", "images", "picture", "pictures", "img", "jpg", "png", "file_name", "filename", "image_path")
-CAPTION_COLUMN = re.compile(r"^(captions?|texts?|sentences?|descriptions?)(_?\d+)?$", re.IGNORECASE)
 MOSTLY_BROKEN = 0.5  # a set of which more than this share cannot be used is an error
 VALIDATION_SHARE = 0.05  # held out of the training split when the set brings no validation split
-
-
-# ---------------------------------------------------------------------------------------------------- texts
-def parse_interleaved(text: str) -> list[Chunk]:
-    """`<image>a cat<|endofchunk|> and <image>a dog<|endofchunk|>` → chunks; text outside a caption is a prompt."""
-    before, *parts = text.split(MEDIA_TOKEN)
-    chunks = [Chunk(None, before.strip())] if before.strip() else []
-    for picture, part in enumerate(parts):
-        caption, _, after = part.partition(EOC_TOKEN)
-        chunks.append(Chunk(picture, "", caption.strip()))
-        if after.strip():
-            chunks.append(Chunk(None, after.strip()))
-    return chunks
-
-
-def parse_text(text: str, pictures: int) -> list[Chunk]:
-    """A text about so many pictures → chunks. About one picture it may be just the caption.
-
-    Raises Unusable if its <image> tags are not as many as the pictures, an <|endofchunk|> ends nothing, or there is no
-    caption in it.
-    """
-    if MEDIA_TOKEN not in text and pictures == 1:
-        text = MEDIA_TOKEN + text
-    if text.count(MEDIA_TOKEN) != pictures:
-        raise Unusable(f"{text.count(MEDIA_TOKEN)} {MEDIA_TOKEN} tags for {pictures} pictures")
-    chunks = parse_interleaved(text)
-    if any(EOC_TOKEN in chunk.prompt for chunk in chunks):
-        raise Unusable(f"an {EOC_TOKEN} that ends no caption")
-    if not any(chunk.caption for chunk in chunks):
-        raise Unusable("no caption in the text")
-    return chunks
-
-
-def _texts_of_row(row: dict, columns: Sequence[str]) -> tuple[list[str], int]:
-    """The usable captions of a row, and how many were not: empty or no text; missing, if the row has no other."""
-    values = [row[column] for column in columns]
-    values = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
-    good = [" ".join(value.split()) for value in values if isinstance(value, str) and value.strip()]
-    there = [value for value in values if value is not None]
-    return good, len(there) - len(good) if there else len(values)
 
 
 # --------------------------------------------------------------------------------------------------- the set
@@ -110,7 +72,7 @@ class CaptionedPictures(Dataset):
 
     def _texts(self, row: dict) -> tuple[list[list[Chunk]], list[str]]:
         """The texts of a row, and why others cannot be used."""
-        captions, bad = _texts_of_row(row, self.caption_columns)
+        captions, bad = texts_of_row(row, self.caption_columns)
         texts, faults = [], [f"{bad} caption(s) missing, empty or not text"] if bad else []
         for caption in captions:
             try:
@@ -168,7 +130,7 @@ class CaptionedPictures(Dataset):
         chosen = set(random.Random(f"split {seed}").sample(range(len(self)), held_out))
         large = self._with_examples([(i, self.captions[i]) for i in range(len(self)) if i not in chosen])
         small = self._with_examples([(i, self.captions[i]) for i in range(len(self)) if i in chosen])
-        small.files, small.skipped = "held out of them", []  # listed once, with the larger part
+        small.files, small.skipped = f"held out of {self.name}", []  # listed once, with the larger part
         return large, small
 
     def with_few_captions(self, most: int) -> "CaptionedPictures":
@@ -237,46 +199,6 @@ def _name(picture) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------- loading
-def _find_columns(split, source: str, image_column: str | None, caption_columns: str | None) -> tuple[str, list[str]]:
-    import datasets
-
-    have = list(split.column_names)
-    wanted = [name.strip() for name in (caption_columns or "").split(",") if name.strip()]
-    for name in [image_column, *wanted]:
-        if name and name not in have:
-            raise InputError(f"{source} has no column {name!r}: it has {', '.join(have)}")
-    if image_column is None:
-        typed = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
-        named = [column for name in IMAGE_COLUMNS for column in have if column.lower() == name]
-        image_column = next(iter(typed + named), None)
-        if image_column is None:
-            raise InputError(f"{source}: none of {', '.join(have)} looks like pictures: name it with --image-column")
-    wanted = wanted or [name for name in have if CAPTION_COLUMN.match(name) and name != image_column]
-    if not wanted:
-        raise InputError(f"{source}: none of {', '.join(have)} looks like captions: name them with --caption-columns")
-    return image_column, wanted
-
-
-def _with_pictures_undecoded(rows, column: str, source: str):
-    """Let the picture column hold names, bytes or {"bytes", "path"}, or lists of them. Raises InputError if it holds
-    nothing of the kind."""
-    import datasets
-
-    feature = rows.features[column]
-    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
-    if isinstance(inner, datasets.Image):
-        target = datasets.Image(decode=False)
-        return rows.cast_column(column, target if inner is feature else datasets.List(target))
-    is_text = getattr(inner, "dtype", None) in ("string", "large_string", "binary", "large_binary", "null")
-    if not is_text and not (isinstance(inner, dict) and {"bytes", "path"} & inner.keys()):
-        kind = getattr(inner, "dtype", None) or ("lists in lists" if hasattr(inner, "feature") else "objects")
-        raise InputError(
-            f"{shown(source)}: column {shown(column)!r} holds no pictures but {kind}: name their column with "
-            "--image-column"
-        )
-    return rows
-
-
 def load_captions(
     source: str, *, image_column: str | None = None, caption_columns: str | None = None, seed: int = 0,
     answer_columns: AnswerColumns | None = None, allow_outside: bool = False,
@@ -290,18 +212,18 @@ def load_captions(
     """
     splits, place = read_splits(source, allow_outside)
     if "train" not in splits:
-        splits["train"] = next(iter(splits.values()))
+        splits["train"] = replace(next(iter(splits.values())))
     has_captions = caption_columns or any(map(CAPTION_COLUMN.match, splits["train"].rows.column_names))
     if answer_columns is not None and not has_captions:
         for split in splits.values():
             split.rows = with_captions_from_labels(split.rows, source, answer_columns)
-    image_column, columns = _find_columns(splits["train"].rows, source, image_column, caption_columns)
+    image_column, columns = find_columns(splits["train"].rows, source, image_column, caption_columns)
     sets = {}
-    for name, split in splits.items():
+    for name, split in sorted(splits.items(), key=lambda item: item[0] != "train"):  # the others as they come
         absent = [column for column in (image_column, *columns) if column not in split.rows.column_names]
         if absent:
             raise InputError(f"{shown(source)}: its {name} split has no column {shown(absent[0])!r}, but train has")
-        split.rows = _with_pictures_undecoded(split.rows, image_column, source)
+        split.rows = with_pictures_undecoded(split.rows, image_column, source)
         sets[name] = CaptionedPictures(split, place, image_column, columns, source, name)
     if "validation" not in sets:
         sets["train"], sets["validation"] = sets["train"].split_off(VALIDATION_SHARE, seed)
@@ -312,3 +234,13 @@ def describe_splits(sets: dict[str, CaptionedPictures]) -> str:
     """Which files are used as which split, in one line."""
     parts = [f"{name} {len(examples)} examples ({examples.files})" for name, examples in sets.items()]
     return f"{shown(next(iter(sets.values())).source)}: {', '.join(parts)}"
+
+
+def load_set(options: TrainingOptions, answer_columns: AnswerColumns | None = None) -> dict[str, CaptionedPictures]:
+    """The set that a run was started with, wherever it is called from; see `load_captions`."""
+    there = options.data_place is not None and os.path.exists(options.data_place)
+    return load_captions(
+        options.data_place if there else options.data, image_column=options.image_column,
+        caption_columns=options.caption_columns, seed=options.seed, answer_columns=answer_columns,
+        allow_outside=options.allow_outside,
+    )  # fmt: skip

@@ -147,7 +147,7 @@ class FeatureCache:
             if size < done * self.row_bytes or (done == self.rows and size != done * self.row_bytes):
                 return "features.npy has the wrong size"
             expected = np.fromfile(self.checksums, dtype="<u4")
-            for row in range(done):
+            for row in tqdm(range(done), desc="checking features", disable=done < 5000, leave=False):
                 if zlib.crc32(file.read(self.row_bytes)) != expected[row]:
                     return f"row {row} does not match its checksum"
         return None

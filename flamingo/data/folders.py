@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flamingo.data.pictures import SUFFIXES
-from flamingo.data.places import SPLITS, Place, files_below, shown, split_named_by
+from flamingo.data.places import SPLITS, Place, cause_of, files_below, shown, split_named_by
 from flamingo.data.tables import TABLES, Columns, check_parquet, rows_of
 from flamingo.errors import InputError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_OF_SPLIT = re.compile(rf"({'|'.join(SPLITS)})([-_.]\d.*)?", re.IGNORECASE)
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_NAME = re.compile(r"[\w-][\w.-]{,95}(/[\w-][\w.-]{,95})?")
 
 
 @dataclass
@@ -39,21 +39,17 @@ class Split:
 
 def read_splits(source: str, allow_outside: bool = False) -> tuple[dict[str, Split], Place]:
     """The splits of a set by name, and where its files may be. Raises InputError when it cannot be found or read."""
-    path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            place = Place.of(path, allow_outside=allow_outside)
-            return _read_folder(path, place), place
-        if path.is_file():
-            if path.suffix.lower() not in TABLES:
-                raise InputError(f"{shown(source)}: expected a folder or a file ending in {', '.join(TABLES)}")
-            return {"train": _read_tables([path])}, Place.of(path.parent, allow_outside=allow_outside)
-        there = path.exists()
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read the data {shown(source)} ({type(error).__name__})") from error
-    if there:
+    if not source.strip():
+        raise InputError("the data has no name: --data is empty")
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):  # os.path has an answer for every name; that of Path may be an error
+        place = Place.of(path, allow_outside=allow_outside)
+        return _read_folder(path, place), place
+    if os.path.isfile(path):
+        if path.suffix.lower() not in TABLES:
+            raise InputError(f"{shown(source)}: expected a folder or a file ending in {', '.join(TABLES)}")
+        return {"train": _read_tables([path])}, Place.of(path.parent, allow_outside=allow_outside)
+    if os.path.exists(path):
         raise InputError(f"{shown(source)} is neither a folder nor a regular file")
     if not HUB_NAME.fullmatch(source) or path.suffix.lower() in TABLES:
         raise InputError(f"{shown(source)}: no such file or folder")
@@ -65,7 +61,7 @@ def _read_hub(name: str, allow_outside: bool) -> tuple[dict[str, Split], Place]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = Place.of(Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE), allow_outside=allow_outside)
-    splits = _load(name, f"{name} (a hub name needs a network; a folder must exist)")
+    splits = _load(name, f"{shown(name)} (a hub name needs a network; a folder must exist)")
     return {
         SPLITS.get(split, split): Split(rows, [place.roots[0]] * len(rows), f"the hub's {split}")
         for split, rows in splits.items()
@@ -80,16 +76,15 @@ def _load(name: str, said: str, **files):
     try:
         return datasets.load_dataset(name, **files)
     except Exception as error:  # datasets raises many kinds, around each other
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise InputError(f"cannot load the data {said}: {reason}") from error
+        raise InputError(f"cannot load the data {said}: {cause_of(error)}") from error
 
 
 # -------------------------------------------------------------------------------------------------------- folders
 def _read_folder(folder: Path, place: Place) -> dict[str, Split]:
-    files = list(files_below(folder))
+    try:
+        files = list(files_below(folder))
+    except OSError as error:
+        raise InputError(f"cannot read the data {shown(folder)}: {error.strerror}") from error
     if not files:
         raise InputError(f"{shown(folder)} is empty: put pictures and a metadata.jsonl there (see README)")
     metadata = [file for file in files if file.name.lower() in METADATA]
@@ -97,6 +92,8 @@ def _read_folder(folder: Path, place: Place) -> dict[str, Split]:
     tables = [file for file in files if file.suffix.lower() in TABLES]
     for table in tables:
         place.find(table.name, table.parent)  # it may be a link that leads outside
+    if len({file.parent for file in metadata}) < len(metadata):
+        raise InputError(f"{shown(folder)} has a metadata.jsonl and another beside it: keep one of them")
     if metadata:
         return _with_metadata(folder, metadata, pictures)
     if pictures:
@@ -155,17 +152,17 @@ def _class_folders(folder: Path, pictures: list[Path], tables: list[Path]) -> di
     """Pictures without metadata: the folder of each is its label, if there are several and nothing lies beside them."""
     import datasets
 
-    if tables:
-        raise InputError(
-            f"{shown(folder)} holds pictures and tables but no metadata.jsonl: name the table itself, --data "
-            f"{shown(tables[0])}, or call it metadata{tables[0].suffix}"
-        )
     parents = {file.parent.relative_to(folder).parts for file in pictures}
     has_labels = all(parts and parts[-1].lower() not in SPLITS for parts in parents)
     labels = sorted({parts[-1] for parts in parents}) if has_labels else []
     features = {"image": datasets.Value("string")}
     if len(labels) > 1:
         features["label"] = datasets.ClassLabel(names=labels)
+    elif tables:
+        raise InputError(
+            f"{shown(folder)} holds pictures and tables but no metadata.jsonl: name the table itself, --data "
+            f"{shown(tables[0])}, or call it metadata{tables[0].suffix}"
+        )
     by_split: dict[str, list[Path]] = {}
     for file in pictures:
         by_split.setdefault(split_named_by(file.relative_to(folder).parts[:-1]) or "train", []).append(file)
@@ -192,9 +189,10 @@ def _read_tables(tables: list[Path]) -> Split:
 
 def _read_parquet(tables: list[Path]) -> Split:
     """Through `datasets`, which keeps what is larger than the memory on the disk, and knows pictures and classes."""
+    other = next((table for table in tables if table.suffix.lower() != ".parquet"), None)
+    if other:
+        raise InputError(f"{shown(other)} stands beside Parquet files of its split: a split is of one kind")
     for table in tables:
-        if table.suffix.lower() != ".parquet":
-            raise InputError(f"{shown(table)} stands beside Parquet files of its split: a split is of one kind")
         if any(mark in str(table) for mark in "*?[]") or "::" in str(table) or "://" in str(table):
             raise InputError(f"{shown(table)}: a name with *, ?, [, ] or :: is a pattern to the reader: rename it")
         check_parquet(table)

@@ -30,6 +30,14 @@ def shown(name: object) -> str:
     return text if len(text) <= 80 else f"{text[:40]}…{text[-39:]}"
 
 
+def cause_of(error: BaseException) -> str:
+    """What lies at the bottom of a library's error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if lines[0].isprintable() else repr(lines[0])
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the files of a data set may be: below one of `roots`, which are resolved; or anywhere, if that is asked

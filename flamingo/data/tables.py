@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from flamingo.data.places import shown
+from flamingo.data.places import cause_of, shown
 from flamingo.errors import InputError
 
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
@@ -38,7 +38,7 @@ def _parsed(text: str, where: str):
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits; a list in a list in a list …
-        raise InputError(f"{where} cannot be read ({shown(error)})") from None
+        raise InputError(f"{where} cannot be read ({cause_of(error)})") from None
 
 
 def _object(row, where: str) -> tuple[str, dict]:
@@ -116,7 +116,7 @@ def check_parquet(file: Path) -> None:
     try:
         pyarrow.parquet.ParquetFile(file).schema_arrow  # noqa: B018 (read for its errors)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise InputError(f"{shown(file)} is no Parquet file ({shown(str(error).splitlines()[0])})") from None
+        raise InputError(f"{shown(file)} is no Parquet file ({cause_of(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------------------- columns
@@ -177,5 +177,4 @@ class Columns:
         try:
             return datasets.Dataset.from_dict(self.values)
         except Exception as error:  # pyarrow raises many kinds; `add` has found those we know, with their line
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{shown(source)} cannot be made a table: {reason}") from error
+            raise InputError(f"{shown(source)} cannot be made a table: {cause_of(error)}") from error
