@@ -246,6 +246,7 @@ def flipped_size_of_bmp(side: int) -> bytes:
 @case("bytes after the end", Reads(5), "odd.jpg", lambda: whole_jpeg + b"PK\x03\x04 and more")
 @case("no suffix", Reads(5), "odd", lambda: whole_jpeg)
 @case("5000 squared, grey", Reads(5), "odd.jpg", lambda: encoded(Image.new("L", (5000, 5000)), "JPEG"))
+@case("a jpeg of 108 million", Reads(5), "odd.jpg", lambda: encoded(Image.new("L", (12000, 9000)), "JPEG"))
 @case("5000 squared, palette", Reads(5), "odd.png", lambda: encoded(Image.new("P", (5000, 5000)), "PNG"))
 @case(
     "5000 squared, one bit, turned",
