@@ -27,6 +27,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data", default=None, help="score on this captioned set instead of the run's own")
     add("--image-column", default=None, help="its picture column, if it cannot be found")
     add("--caption-columns", default=None, help="its caption columns, comma separated, if they cannot be found")
+    add("--allow-outside", action="store_true", help="let it name files outside of its own folder")
     for what in ("question", "answer", "label"):
         add(f"--{what}-column", default=None, help=f"its column of {what}s, if it cannot be found")
     add("--split", default=None, help="which split of it (default: test, or validation if there is no test split)")
@@ -82,8 +83,9 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"{args.run}: no such run folder")
     summary = read_json(args.run / "summary.json")
     options = TrainingOptions(**summary["options"])
+    options.allow_outside |= args.allow_outside
     if args.data:
-        options.data = args.data
+        options.data, options.data_place = args.data, None
         options.image_column, options.caption_columns = args.image_column, args.caption_columns
     device = pick_device(args.device)
     model, processor, config = load_model(args.run)

@@ -41,6 +41,8 @@ def main(options: TrainingOptions) -> None:
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
     train_set, validation_set = sources.training_sets(options)
+    collate = Collate(processor, options.max_tokens, layout=not options.plain)
+    sources.check_targets(train_set, validation_set, collate)
     folder = loop.run_folder(options)
     train_examples, validation_examples = (
         with_cached_features(examples, model.vision_encoder, options.cache, device=place, workers=options.workers)
@@ -51,7 +53,6 @@ def main(options: TrainingOptions) -> None:
     first_step, dtype = resume.restore(folder, model, adamw) if options.resume else (0, options.dtype)
     log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped], first_step)
 
-    collate = Collate(processor, options.max_tokens, layout=not options.plain)
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     count, done = options.steps * options.accumulate, first_step * options.accumulate
     stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))

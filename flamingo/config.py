@@ -260,6 +260,7 @@ class TrainingOptions:
     )
     image_column: str | None = option(None, "the data's picture column, if it cannot be found")
     caption_columns: str | None = option(None, "the data's caption columns, comma separated, if they cannot be found")
+    allow_outside: bool = option(False, "let the data name files outside of its own folder")
     out: str | None = option(None, "run folder to write; a new one under runs/ if not given")
     resume: str | None = option(
         None, "go on with the unfinished run in this folder (that of --out or the preset if none is named)"
@@ -277,6 +278,9 @@ class TrainingOptions:
     weight_decay: float = option(0.05, "weight decay of the matrices; nothing else decays")
     warmup_steps: int = option(30, "optimizer steps of linear warmup, before the cosine")
     clip_norm: float = option(1.0, "largest norm of the gradient")
+    captions_per_picture: int = option(
+        8, "captions of a picture in one step, at most; those that a picture has more come in other steps"
+    )
     max_tokens: int = option(128, "longest text in tokens; the rest is cut")
     eval_every: int = option(100, "optimizer steps between validations")
     save_every: int = option(100, "optimizer steps between the points a killed run can be resumed from")
@@ -302,3 +306,4 @@ class TrainingOptions:
         "a field of the architecture, PART.FIELD=VALUE such as fusion.heads=4 (flamingo/config.py); may be repeated",
     )
     plain: bool = option(False, "leave out flamingo/fast: the model as flamingo/model has it, slower, the same numbers")
+    data_place: str | None = None  # no option: where `data` was when the run began, whatever it is called from later

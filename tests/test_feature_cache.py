@@ -128,6 +128,23 @@ def test_a_damaged_cache_is_built_again_and_said(tmp_path, encoder, capsys, name
     assert build(tmp_path, encoder)._fault() is None
 
 
+@pytest.mark.parametrize("row", [1, 23, 48])  # not only rows that a sample would meet
+def test_one_byte_or_a_zeroed_row_is_noticed_at_the_start_and_when_it_is_read(tmp_path, encoder, row, capsys):
+    cache = build(tmp_path, encoder)
+    whole, file = cache[0:50], bytearray(cache.features.read_bytes())
+    begin = len(cache.header) + row * cache.row_bytes
+    for damaged in (bytes([file[begin + 5] ^ 16]), bytes(cache.row_bytes)):
+        bad = bytearray(file)
+        start = begin + 5 if len(damaged) == 1 else begin
+        bad[start : start + len(damaged)] = damaged
+        cache.features.write_bytes(bad)
+        assert torch.equal(cache[row - 1 : row], whole[row - 1 : row])
+        with pytest.raises(InputError, match=f"picture {row} of the feature cache .* has changed since it was written"):
+            cache[row - 1 : row + 1]
+        assert torch.equal(build(tmp_path, encoder)[0:50], whole)
+        assert f"row {row} does not match its checksum; building it again" in capsys.readouterr().out
+
+
 def test_too_small_and_full_disks_are_said_and_leave_nothing_that_looks_whole(tmp_path, encoder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
@@ -143,7 +160,7 @@ def test_too_small_and_full_disks_are_said_and_leave_nothing_that_looks_whole(tm
             build(tmp_path / "full", encoder)
     assert build(tmp_path / "full", encoder)[0:50].isfinite().all()
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(InputError, match="cannot write the feature cache"):
+    with pytest.raises(InputError, match="cannot use the feature cache"):
         build(tmp_path / "file" / "below", encoder)
 
 

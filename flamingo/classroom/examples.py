@@ -54,6 +54,10 @@ class ClassroomScenes(Dataset):
         drawn, texts = self._plan(index)
         return Example([scene.draw() for scene in drawn], texts)
 
+    def texts(self, index: int) -> list[list[Chunk]]:
+        """The texts of an example, without its pictures."""
+        return self._plan(index)[1]
+
     def _plan(self, index: int) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
         """The scenes of an example and the texts about them."""
         rng = random.Random(f"example {self.seed} {self.split} {index}")

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flamingo.data.places import shown
 from flamingo.errors import InputError
 
 QUESTION_NAMES, ANSWER_NAMES, LABEL_NAMES = ("question", "questions"), ("answers", "answer"), ("label", "labels")
@@ -54,7 +55,7 @@ def find_answer_columns(split, source: str, named: AnswerColumns) -> AnswerColum
     have = list(split.column_names)
     for name in (named.question, named.answer, named.label):
         if name and name not in have:
-            raise InputError(f"{source} has no column {name!r}: it has {', '.join(have)}")
+            raise InputError(f"{shown(source)} has no column {shown(name)!r}: it has {', '.join(map(shown, have))}")
     if named.label and not _holds_names(split.features[named.label]):
         raise InputError(f"{source}: column {named.label!r} holds no class names: it must be text or a ClassLabel")
 
@@ -65,7 +66,8 @@ def find_answer_columns(split, source: str, named: AnswerColumns) -> AnswerColum
     if (named.question or named.answer) and not (question and answer):
         missing = "answers" if question else "questions"
         raise InputError(
-            f"{source}: none of {', '.join(have)} looks like {missing}: name them with --{missing[:-1]}-column"
+            f"{shown(source)}: none of {', '.join(map(shown, have))} looks like {missing}: name them with "
+            f"--{missing[:-1]}-column"
         )
     if not (question and answer):
         question = answer = None

@@ -114,28 +114,30 @@ class Collate:
         self.processor, self.max_tokens, self.layout = processor, max_tokens, layout
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        count, rows, prompt_rows, index_rows = 0, [], [], []  # count: pictures in the bank so far
+        count, index_rows = 0, []  # count: pictures in the bank so far
         for example in examples:
-            for chunks in example.texts:
-                ids, is_prompt = self.processor.encode_chunks(chunks)
-                rows.append(ids[: self.max_tokens])
-                prompt_rows.append(is_prompt[: self.max_tokens])
-                index_rows.append([count + c.picture for c in chunks if c.picture is not None])
+            index_rows += [[count + c.picture for c in text if c.picture is not None] for text in example.texts]
             count += len(example.pictures) if example.features is None else len(example.features)
-        input_ids, attention_mask = self.processor.pad(rows)
-        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for i, row in enumerate(prompt_rows):
-            prompt_mask[i, : len(row)] = torch.tensor(row)
-        labels = caption_labels(
-            input_ids, attention_mask, self.processor.media_token_id, self.processor.eoc_token_id, prompt_mask
-        )
-        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        texts["layout"] = TextLayout.of(labels, attention_mask) if self.layout else None
+        texts, _ = self.tokens([text for example in examples for text in example.texts])
+        texts["layout"] = TextLayout.of(texts["labels"], texts["attention_mask"]) if self.layout else None
         texts |= point_at_bank(index_rows, count)
         if examples[0].features is not None:
             return Batch(features=torch.cat([example.features for example in examples]), **texts)
         pixels = self.processor.preprocess_images([picture for example in examples for picture in example.pictures])
         return Batch(pixel_values=pixels, **texts)
+
+    def tokens(self, texts: Sequence[Sequence[Chunk]]) -> tuple[dict[str, Tensor], int]:
+        """Texts → ({"input_ids", "attention_mask", "labels"} (B, T_txt), how many of them were cut)."""
+        encoded = [self.processor.encode_chunks(text) for text in texts]
+        input_ids, attention_mask = self.processor.pad([ids[: self.max_tokens] for ids, _ in encoded])
+        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, (_, is_prompt) in zip(prompt_mask, encoded, strict=True):
+            row[: len(is_prompt)] = torch.tensor(is_prompt[: self.max_tokens])
+        labels = caption_labels(
+            input_ids, attention_mask, self.processor.media_token_id, self.processor.eoc_token_id, prompt_mask
+        )
+        cut = sum(len(ids) > self.max_tokens for ids, _ in encoded)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, cut
 
 
 def point_at_bank(rows: Sequence[Sequence[int]], pictures: int) -> dict:

@@ -4,12 +4,13 @@ What this file teaches: the encoder is two thirds of the work of a training step
 it is frozen. So each picture is encoded once. The features lie in one .npy file, a row a picture:
 
     CACHE/NAME/features.npy     (pictures, F, v, d) float16, read through a memory map: only what is used is loaded
-    CACHE/NAME/rows.crc32       4 bytes for each finished row: how far a build has come, and a checksum
+    CACHE/NAME/rows.crc32       4 bytes for each finished row: how far a build has come, and a checksum of the row
     CACHE/NAME/meta.json        the key: what the features were made of
 
 float16 because it is half the disk (ViT-L-14: 0.5 MB a picture) and an error of one part in 2000, far below what a
 gradient step changes. A row counts as finished only after its data has reached the disk, so a killed build goes on
-where it stopped. A cache of other weights, another preprocessing or other pictures, or a damaged one, is built again.
+where it stopped. A cache of other weights, another preprocessing or other pictures, or a damaged one, is built again;
+and as disks and memory fail in between too, a row is compared with its checksum whenever it is read.
 """
 
 import contextlib
@@ -38,7 +39,6 @@ from flamingo.errors import InputError
 from flamingo.files import write_json
 from flamingo.model.vision import VisionEncoder
 
-SAMPLED_ROWS = 64  # rows whose checksum is compared when a cache is opened
 AT_ONCE = 16  # pictures encoded together, and made safe on disk together
 
 
@@ -91,7 +91,7 @@ class FeatureCache:
         first = pictures[0]
         shape = (len(first), *encoder(first.to(device)).shape[1:])
         cache = cls(folder, len(pictures), shape, key)
-        with _only_one_builder(folder):
+        with _only_one_builder(folder), _using(folder):
             fault = cache._fault()
             if fault:
                 print(f"feature cache {folder}: {fault}; building it again")
@@ -104,9 +104,22 @@ class FeatureCache:
         return self.rows
 
     def __getitem__(self, pictures: slice) -> Tensor:
+        """Raises InputError if a row is not what was written."""
+        numbers = range(*pictures.indices(self.rows))
+        rows = np.empty((len(numbers), *self.shape), dtype="<f2")
         # Opened at each reading: it takes 0.1 ms, and nothing has to be handed to worker processes.
-        rows = np.load(self.features, mmap_mode="r")[pictures]
-        return torch.from_numpy(np.array(rows))  # copied out of the map, which is read-only
+        with _using(self.folder), open(self.features, "rb") as data, open(self.checksums, "rb") as sums:
+            for row, number in zip(rows, numbers, strict=True):
+                data.seek(len(self.header) + number * self.row_bytes)
+                sums.seek(4 * number)
+                file = data.read(self.row_bytes)
+                if len(file) < self.row_bytes or zlib.crc32(file) != int.from_bytes(sums.read(4), "little"):
+                    raise InputError(
+                        f"picture {number} of the feature cache {self.folder} has changed since it was written: start "
+                        "again, and it is built anew"
+                    )
+                row[:] = np.frombuffer(file, dtype="<f2").reshape(self.shape)
+        return torch.from_numpy(rows)
 
     def finished(self) -> int:
         """Rows that have reached the disk."""
@@ -118,7 +131,7 @@ class FeatureCache:
             return None if not self.features.exists() else "it has no meta.json"
         try:
             made_of = json.loads(self.meta.read_text(encoding="utf-8"))["key"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return "its meta.json is damaged"
         if made_of != self.key:
             return "it was made with other weights, preprocessing or pictures"
@@ -134,8 +147,7 @@ class FeatureCache:
             if size < done * self.row_bytes or (done == self.rows and size != done * self.row_bytes):
                 return "features.npy has the wrong size"
             expected = np.fromfile(self.checksums, dtype="<u4")
-            for row in np.linspace(0, done - 1, min(done, SAMPLED_ROWS)).astype(int).tolist():
-                file.seek(len(self.header) + row * self.row_bytes)
+            for row in tqdm(range(done), desc="checking features", disable=done < 5000, leave=False):
                 if zlib.crc32(file.read(self.row_bytes)) != expected[row]:
                     return f"row {row} does not match its checksum"
         return None
@@ -161,21 +173,19 @@ class FeatureCache:
         loader = DataLoader(Subset(pictures, range(done, self.rows)), batch_size=AT_ONCE, num_workers=workers)
         bar = tqdm(total=self.rows, initial=done, desc="encoding pictures", unit="picture")
         with open(self.features, "r+b" if done else "wb") as data, open(self.checksums, "ab") as sums, bar:
-            with _writing(self.folder):
-                sums.truncate(done * 4)  # a kill may have left a part of an entry
-                data.write(self.header)
-                data.seek(len(self.header) + done * self.row_bytes)
-                data.truncate()  # and rows that no checksum vouches for
+            sums.truncate(done * 4)  # a kill may have left a part of an entry
+            data.write(self.header)
+            data.seek(len(self.header) + done * self.row_bytes)
+            data.truncate()  # and rows that no checksum vouches for
             for pixels in loader:  # (up to AT_ONCE, F, C, H, W)
                 features = encoder(pixels.flatten(0, 1).to(device)).half().cpu()
                 if not features.isfinite().all():
                     raise InputError(f"{encoder.name} gives features too large for float16: use --cache off")
                 rows = features.reshape(len(pixels), -1).numpy().astype("<f2")
-                with _writing(self.folder):
-                    data.write(rows.tobytes())
-                    _to_disk(data)
-                    sums.write(np.array([zlib.crc32(row.tobytes()) for row in rows], dtype="<u4").tobytes())
-                    _to_disk(sums)
+                data.write(rows.tobytes())
+                _to_disk(data)
+                sums.write(np.array([zlib.crc32(row.tobytes()) for row in rows], dtype="<u4").tobytes())
+                _to_disk(sums)
                 bar.update(len(rows))
 
 
@@ -185,13 +195,13 @@ def _to_disk(file) -> None:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """A full disk or a folder that cannot be written is the user's to mend."""
+def _using(folder: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be read and written is the user's to mend."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot write the feature cache {folder}: {error.strerror or error}. "
+            f"cannot use the feature cache {folder}: {error.strerror or error}. "
             "Choose another folder with --cache, or --cache off"
         ) from error
 
@@ -200,7 +210,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _only_one_builder(folder: Path) -> Iterator[None]:
     """Two runs may want the same cache: the second waits for the first. A lock ends with its process."""
     lock = FileLock(folder / "lock")
-    with _writing(folder):
+    with _using(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             held = lock.acquire(blocking=False)
@@ -248,7 +258,9 @@ def with_cached_features(
     """
     if cache == "off" or not isinstance(examples, CaptionedPictures):
         return examples
-    place = hashlib.sha256(f"{Path(examples.source).resolve()} {examples.where} {encoder.name}".encode()).hexdigest()
+    source = Path(examples.source).expanduser()
+    found = f"{source.resolve() if source.exists() else source} {examples.name} {encoder.name}"
+    place = hashlib.sha256(found.encode()).hexdigest()
     name = f"{re.sub(r'[^A-Za-z0-9]+', '-', examples.where).strip('-')[-60:]}-{place[:8]}"
     built = FeatureCache.open_or_build(
         Path(cache).expanduser() / name, _PreparedPictures(examples, encoder),

@@ -7,27 +7,14 @@ again from them; no weights are needed for that.
 import json
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from flamingo.data.pictures import to_rgb
 from flamingo.errors import InputError
 from flamingo.interop import compat
 
 FILE = "preprocessor_config.json"
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode → RGB, upright: transparency falls on white, 16 bits become 8."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: convert() would clip at 255
-        _, high = picture.convert("F").getextrema()
-        scale = 255 / 65535 if high > 255 else 1
-        return picture.convert("F").point(lambda value: value * scale).convert("L").convert("RGB")
-    if picture.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(ground, picture).convert("RGB")
-    return picture.convert("RGB")
 
 
 class Preprocess:

@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from flamingo.data.preprocess import Preprocess, to_rgb
+from flamingo.data.pictures import open_picture
+from flamingo.data.places import Unusable
+from flamingo.data.preprocess import Preprocess
 from flamingo.errors import InputError
 
 MEDIA_TOKEN, EOC_TOKEN = "<image>", "<|endofchunk|>"
@@ -27,11 +29,12 @@ MEDIA_TOKEN, EOC_TOKEN = "<image>", "<|endofchunk|>"
 @dataclass(frozen=True)
 class Chunk:
     """A piece of a text: a picture (its number among the example's pictures, or None), the prompt that the model is
-    given, and the caption that it should predict."""
+    given, and the caption that it should predict. closed: <|endofchunk|> ends it, as it always does after a picture."""
 
     picture: int | None
     prompt: str = ""
     caption: str = ""
+    closed: bool = False
 
 
 def add_flamingo_tokens(tokenizer) -> None:
@@ -205,7 +208,8 @@ class FlamingoProcessor(ProcessorMixin):
 
     # -------------------------------------------------------------------------- for training and evaluation
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """Of a text in which </s> or <image> are letters like any other: the special tokens are put in by us alone."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
     def encode_chunks(self, chunks: Sequence[Chunk], *, open_end: bool = False) -> tuple[list[int], list[bool]]:
         """A text → its token ids, and for each whether it belongs to a *prompt*: given, so that no loss is on it.
@@ -217,7 +221,7 @@ class FlamingoProcessor(ProcessorMixin):
             given = [self.media_token_id] if chunk.picture is not None else []
             given += self._ids(f" {chunk.prompt}") if chunk.prompt else []
             target = self._ids(f" {chunk.caption}") if chunk.caption else []
-            if chunk.picture is not None:
+            if chunk.picture is not None or chunk.closed:
                 target = [*target, self.eoc_token_id]
             if open_end and i == len(chunks) - 1:
                 target = []
@@ -263,7 +267,6 @@ def _opened(picture: Image.Image | str | Path) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
     try:
-        with Image.open(picture) as opened:
-            return to_rgb(opened)
-    except OSError as error:
-        raise InputError(f"{picture} cannot be read as a picture ({type(error).__name__})") from error
+        return open_picture(picture)
+    except Unusable as error:
+        raise InputError(f"{picture} {error}") from error

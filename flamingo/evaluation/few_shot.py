@@ -24,7 +24,7 @@ import numpy as np
 
 from flamingo.classroom import scenes
 from flamingo.classroom.examples import question_chunk, rule_chunk
-from flamingo.data.processor import EOC_TOKEN, Chunk
+from flamingo.data.processor import Chunk
 from flamingo.errors import InputError
 from flamingo.evaluation.metrics import bootstrap_interval, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts
@@ -100,7 +100,7 @@ def prompt_text(query: Query, examples: Sequence[Chunk], way: str = "") -> list[
     keeps its text and gets the next one's picture.
     """
     if way == "text_only_demos":
-        examples = [replace(chunk, picture=None, caption=chunk.caption + EOC_TOKEN) for chunk in examples]
+        examples = [replace(chunk, picture=None, closed=True) for chunk in examples]
     if way == "shuffled_demos":
         pictures = [chunk.picture for chunk in (*examples[1:], *examples[:1])]
         examples = [replace(chunk, picture=row) for chunk, row in zip(examples, pictures, strict=True)]

@@ -23,7 +23,8 @@ from flamingo.data.answer_columns import (
     labels_of,
     questions_of_row,
 )
-from flamingo.data.captions import CaptionedPictures, load_captions
+from flamingo.data.captions import CaptionedPictures, describe_splits, load_set
+from flamingo.data.processor import Chunk
 from flamingo.errors import InputError
 
 SUPPORT = 512  # pictures to draw examples from, at most; OpenFlamingo draws from 2048
@@ -121,12 +122,13 @@ def one_word_scenes(split: str, n: int, seed: int) -> list[scenes.Scene]:
 
 
 # ------------------------------------------------------------------------------------------------- captioned set
-def _captions(example) -> list[str]:
-    return [chunk.caption for text in example.texts for chunk in text if chunk.picture == 0 and chunk.caption]
+def _captions(texts: Sequence[Sequence[Chunk]]) -> list[str]:
+    """The captions of the first picture. Of a document, what follows an uncaptioned picture may be about another."""
+    return [chunk.caption for text in texts for chunk in text if chunk.picture == 0 and chunk.caption]
 
 
 def _items(examples: CaptionedPictures, indices: Sequence[int], columns: AnswerColumns) -> tuple[list[Item], int]:
-    """The items, and how many questions about them cannot be used."""
+    """Examples whose first picture has a caption → items, and how many questions about them cannot be used."""
     labels = labels_of(examples.rows, columns.label) if columns.label else None
     items, left_out = [], 0
     for i in indices:
@@ -134,8 +136,8 @@ def _items(examples: CaptionedPictures, indices: Sequence[int], columns: AnswerC
         questions, unusable = questions_of_row(examples.row(i), columns)
         left_out += unusable
         label = labels[examples.kept[i]] if labels else None
-        group = str(len(example.pictures))
-        items.append(Item(example.pictures[0], "", _captions(example), group, questions=tuple(questions), label=label))
+        truths, group = _captions(example.texts), str(len(example.pictures))
+        items.append(Item(example.pictures[0], "", truths, group, questions=tuple(questions), label=label))
     return items, left_out
 
 
@@ -148,10 +150,7 @@ def captioned_test_set(
     turn. Raises InputError for a split that does not exist, fewer than 2 pictures, or a picture nobody captioned.
     """
     named = named or AnswerColumns()
-    splits = load_captions(
-        options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed,
-        answer_columns=named,
-    )  # fmt: skip
+    splits = load_set(options, named)
     chosen = split or ("test" if "test" in splits else "validation")
     if chosen not in splits:
         raise InputError(f"{options.data} has no split {chosen!r}: it has {', '.join(splits)}")
@@ -161,27 +160,30 @@ def captioned_test_set(
             f"{len(examples.without_caption)} picture(s) of {examples.where} have no reference caption (the first: "
             f"{examples.without_caption[0]}): caption them or take them out, a score needs something to compare with"
         )
-    if len(examples) < 2:
+    print(describe_splits(splits))
+    order, names = [i for i in range(len(examples)) if _captions(examples.texts(i))], []
+    if len(order) < len(examples):
+        print(f"{len(examples) - len(order)} document(s) are not scored: their first picture has no caption of its own")
+    if len(order) < 2:
         raise InputError(
-            f"{options.data} has {len(examples)} {chosen} picture: the shuffled control needs at least 2, CIDEr-D too"
+            f"{options.data} has {len(order)} {chosen} picture with a caption: the shuffled control needs at least 2, "
+            "CIDEr-D too"
         )
     train, source = splits["train"], str(options.data)
     columns = find_answer_columns(examples.rows, source, named)
-    order, names = list(range(len(examples))), []
     if columns.label:
         labels = labels_of(examples.rows, columns.label)
-        order = each_name_in_turn([labels[row] for row in examples.kept])
+        order = [order[k] for k in each_name_in_turn([labels[examples.kept[i]] for i in order])]
         names = class_names([examples.rows, train.rows], columns.label)
     # A set of one split is its own training split, and so is --split train: half of it is scored, the other half gives
     # the examples.
     shared = set(examples.kept) & set(train.kept) if train.fingerprint == examples.fingerprint else set()
-    chosen_items = order[: min(n, max(2, len(examples) // 2))] if shared else order[:n]
+    chosen_items = order[: min(n, max(2, len(order) // 2))] if shared else order[:n]
     asked = {examples.kept[i] for i in chosen_items} if shared else set()
-    others = [i for i in range(len(train)) if train.kept[i] not in asked]
+    others = [i for i in range(len(train)) if train.kept[i] not in asked and _captions(train.texts(i))]
     items, left_out = _items(examples, chosen_items, columns)
     drawn = random.Random(f"support {seed}").sample(others, min(support_size(n), len(others)))
     support, _ = _items(train, drawn, columns)
     return EvaluationSet(
-        source, chosen, items, [], [item for item in support if item.truths],
-        names=names, left_out=left_out if columns.question else None,
+        source, chosen, items, [], support, names=names, left_out=left_out if columns.question else None,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The command line of train.py: what `--help` prints. (Imports nothing heavy, so that it appears in a second.)"""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from flamingo.config import TrainingOptions
@@ -15,6 +16,8 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
     """
     parser = OneSentenceParser(prog="train.py", description="Train a Flamingo.", allow_abbrev=False)
     for entry in dataclasses.fields(TrainingOptions):
+        if "help" not in entry.metadata:
+            continue
         flag = "--" + entry.name.replace("_", "-")
         if entry.type is bool:
             parser.add_argument(flag, action="store_true", default=None, help=entry.metadata["help"])
@@ -39,8 +42,8 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
         folder = given.pop("resume") or given.get("out") or f"runs/{preset}"
         return options_to_resume(Path(folder), given)
     options = TrainingOptions(**(PRESETS[preset]["training"] | given))
-    for name in ("steps", "batch_size", "accumulate", "lr", "gate_lr", "clip_norm", "max_tokens", "eval_every",
-                 "eval_batches", "save_every"):  # fmt: skip
+    for name in ("steps", "batch_size", "accumulate", "lr", "gate_lr", "clip_norm", "captions_per_picture",
+                 "max_tokens", "eval_every", "eval_batches", "save_every"):  # fmt: skip
         if getattr(options, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(options, name)}")
     for name in ("weight_decay", "warmup_steps", "workers"):
@@ -48,5 +51,7 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
             raise InputError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(options, name)}")
     if options.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype must be auto, float32 or bfloat16, not {options.dtype!r}")
+    if options.data is not None and os.path.exists(os.path.expanduser(options.data)):
+        options.data_place = os.path.abspath(os.path.expanduser(options.data))
     model_config(options)  # a mistake in --set is found here
     return options

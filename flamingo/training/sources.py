@@ -1,14 +1,18 @@
 """Which examples a run reads: the classroom's scenes, or any captioned set."""
 
+from pathlib import Path
+
 from torch.utils.data import Dataset
 
 from flamingo.classroom.examples import ClassroomScenes
 from flamingo.config import TrainingOptions
-from flamingo.data.captions import load_captions
+from flamingo.data.batches import Collate
+from flamingo.data.captions import describe_splits, load_set
 from flamingo.errors import InputError
 
 SCENES = 100_000  # of a split
 CURRICULUM = (0.2, 0.25)  # shares of a classroom run: its first and its second part (ClassroomScenes)
+TOKENIZED = 500  # examples whose texts are tokenized before a run begins
 
 
 def uses_classroom(options: TrainingOptions) -> bool:
@@ -21,12 +25,49 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
     if uses_classroom(options):
         if options.preset != "classroom":
             raise InputError(f"the preset {options.preset} needs data: name it with --data")
+        if options.image_column is not None or options.caption_columns is not None:
+            raise InputError("--image-column and --caption-columns belong to --data: name the set")
         examples = options.steps * options.accumulate * options.batch_size
         # At least as many scenes as the run shows: a second epoch would show the curriculum again.
         size = max(SCENES, examples)
         train = ClassroomScenes("train", options.seed, size, tuple(int(share * examples) for share in CURRICULUM))
         return train, ClassroomScenes("validation", options.seed, SCENES)
-    splits = load_captions(
-        options.data, image_column=options.image_column, caption_columns=options.caption_columns, seed=options.seed
-    )
-    return splits["train"], splits["validation"]
+    _must_not_write_into_the_data(options)
+    splits = load_set(options)
+    print(describe_splits(splits))
+    return tuple(splits[name].with_few_captions(options.captions_per_picture) for name in ("train", "validation"))
+
+
+def _must_not_write_into_the_data(options: TrainingOptions) -> None:
+    """The figures of a run would be pictures of the set the next time it is read."""
+    folder = Path(options.resume or options.out or Path("runs") / options.preset).expanduser()
+    data = Path(options.data_place or options.data)
+    if not options.resume and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+        raise InputError(
+            f"the run folder {folder} would be inside of the data {options.data}, and its figures would be read as "
+            "pictures: choose an --out elsewhere"
+        )
+
+
+def check_targets(train: Dataset, validation: Dataset, collate: Collate) -> None:
+    """Print how many texts are cut and how many examples have no token with a loss. Raises InputError if none has one.
+
+    Of a large set this is known of `TOKENIZED` examples, evenly spread.
+    """
+    limit = f"--max-tokens {collate.max_tokens}"
+    for what, examples in (("training", train), ("validation", validation)):
+        looked_at = range(0, len(examples), max(1, len(examples) // TOKENIZED))
+        texts, cut, without = 0, 0, 0
+        for i in looked_at:
+            tokens, too_long = collate.tokens(examples.texts(i))
+            texts, cut = texts + len(tokens["labels"]), cut + too_long
+            without += not (tokens["labels"][:, 1:] != -100).any()
+        if without == len(looked_at):
+            raise InputError(
+                f"no {what} text has a token to predict: a caption must begin, after its <image>, within {limit}"
+            )
+        if cut or without:
+            print(
+                f"of {len(looked_at)} {what} examples with {texts} texts, {without} have no token to predict, and "
+                f"{cut} texts are cut at {limit}"
+            )
