@@ -24,6 +24,8 @@ from flamingo.evaluation.gates import without_each_gate
 from flamingo.evaluation.metrics import exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
+from flamingo.evaluation.run import BINDING_WAYS, EPISODES, NAMES, SCENES_OF_A_NAME
+from flamingo.evaluation.single_objects import add_single_objects, binding_episodes
 from flamingo.evaluation.test_set import Item, classroom_items
 from flamingo.fast.inference import prepare_to_generate
 from flamingo.figures.run_figures import plt
@@ -55,6 +57,8 @@ def score_seed(folder: Path, n: int) -> dict:
     predictor = Predictor(model, processor, summary["dtype"])
     items, novel = classroom_items("test", n, 0), classroom_items("novel", max(2, n // 2), 0)
     rows, novel_rows = (predictor.add([item.picture for item in each]) for each in (items, novel))
+    singles = add_single_objects(predictor, "train", 0, NAMES, SCENES_OF_A_NAME)
+    episodes = binding_episodes(singles, min(EPISODES, n), 0, BINDING_WAYS[-1])
     parts = Parts(folder, {"benchmark": "seeds", "n": n})
     captions = captions_of(predictor, parts, items, rows, "test scenes")
     marks = exact_match(captions, [item.truths for item in items])
@@ -67,7 +71,7 @@ def score_seed(folder: Path, n: int) -> dict:
         "by_objects": {group: float(marks[which].mean()) for group, which in by_group(items).items()},
         "novel": float(marks_novel.mean()),
         "novel_by_objects": {group: float(marks_novel[which].mean()) for group, which in by_group(novel).items()},
-        "gates": without_each_gate(predictor, parts, items, rows),
+        "gates": without_each_gate(predictor, parts, items, rows, episodes, 0),
         "confusions": {kind: counter.most_common() for kind, counter in found.items()},
         "table": confusion_table(found), "curve": curve_of(folder),
     }  # fmt: skip
@@ -139,11 +143,13 @@ def show(seeds: list[dict]) -> None:
     rows = [
         [held["seed"], held["seconds"], held["exact_match"], *held["by_objects"].values(), held["novel"],
          held["novel_by_objects"].get("1", float("nan")),
-         " ".join(f"{layer['gate']:+.2f}→{layer['exact_match_closed']:.2f}" for layer in held["gates"])]
+         held["gates"][0]["binding"],
+         " ".join(f"{layer['gate']:+.2f}→{layer['exact_match_closed']:.2f},{layer['binding_closed']:.2f}"
+                  for layer in held["gates"])]
         for held in seeds
     ]  # fmt: skip
     head = ["seed", "seconds", "exact match", *(f"{group} thing(s)" for group in groups), "novel", "one novel thing",
-            "gate → exact match without it"]  # fmt: skip
+            "five-way binding", "gate → exact match, binding without it"]  # fmt: skip
     common.print_table(head, rows)
 
 

@@ -138,7 +138,7 @@ def is_naming(text) -> bool:
 
 
 def is_one_word(text) -> bool:
-    return text[-1].prompt in (scenes.ONE_WORD, scenes.WORD_AND_PLACE)
+    return text[-1].prompt == scenes.ONE_WORD
 
 
 def test_an_invented_name_is_shown_once_and_then_looked_up():
@@ -164,7 +164,7 @@ def test_one_word_follows_one_rule_that_only_the_pictures_show():
         drawn, texts = examples._plan(i)
         if not is_one_word(texts[0]):
             continue
-        words = [chunk.caption.split()[0] for chunk in texts[0]]
+        words = [chunk.caption for chunk in texts[0]]
         rules = [rule for rule in scenes.RULES if [scene.by_rule(rule) for scene in drawn] == words]
         assert len(rules) == 1 and len({chunk.prompt for chunk in texts[0]}) == 1
 

@@ -69,8 +69,7 @@ CUES = {
 }  # fmt: skip
 # One word about a scene, by a rule that no cue names: only pictures with their words show it (`by_rule`).
 RULES = ("left", "right", "ground", "count")
-ONE_WORD, WORD_AND_PLACE = "In a word:", "With its place:"  # their prompts
-RULE_LAYOUTS = ("row", "three")  # where there is a left and a right
+ONE_WORD, RULE_LAYOUTS = "In a word:", ("row", "three")  # their prompt; where there is a left and a right
 LAYOUTS = ("one", "count", "row", "column", "three")
 SPLITS = ("train", "validation", "test", "novel")
 COUNTS = ("one", "two", "three")

@@ -1,7 +1,9 @@
-"""What is each layer's look worth? One attention gate is closed at a time, and the pictures are captioned again.
+"""What is each layer's look worth? One attention gate is closed at a time, and the tasks are done again.
 
 What this file teaches: a gate's value does not show what its layer does. A wide open gate may let through what a later
 layer sees as well, and a small one may carry what all later layers build on. Taking it away shows it (an *ablation*).
+Two tasks, because layers do different work: to name what is in a picture the last look is enough; to compare a picture
+with those before it, a look must come before the layers that do the comparing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,7 @@ from flamingo.data.processor import Chunk
 from flamingo.evaluation.metrics import exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
+from flamingo.evaluation.single_objects import Episode, binding_marks
 from flamingo.evaluation.test_set import Item
 from flamingo.model.vlm import Flamingo
 
@@ -34,28 +37,40 @@ def closed_gate(model: Flamingo, layer: int) -> Iterator[None]:
 
 
 def without_each_gate(
-    predictor: Predictor, parts: Parts, items: Sequence[Item], rows: Sequence[int]
-) -> list[dict[str, float]]:
-    """For each layer {gate, exact_match, exact_match_closed}: tanh of its attention gate, the exact match of the first
-    items as the model is, and with this gate closed."""
+    predictor: Predictor, parts: Parts, items: Sequence[Item], rows: Sequence[int], episodes: Sequence[Episode],
+    seed: int,
+) -> list[dict[str, float]]:  # fmt: skip
+    """For each layer {gate, exact_match, exact_match_closed, binding, binding_closed}: tanh of its attention gate, the
+    exact match of the first items and the accuracy of fast binding as the model is, and with this gate closed."""
     items = items[:CAPTIONED]
     texts = [[Chunk(row, item.prompt)] for row, item in zip(rows, items, strict=False)]
     truths = [item.truths for item in items]
 
-    def right(title: str) -> float:
-        return float(exact_match(parts.keep(title, lambda: predictor.predict(texts, title)), truths).mean())
+    def measured(title: str) -> tuple[float, float]:
+        captions = parts.keep(title, lambda: predictor.predict(texts, title))
+        bound = binding_marks(predictor, parts, episodes, f"fast binding, {title}", seed)
+        return float(exact_match(captions, truths).mean()), float(bound.mean())
 
-    own, result = right("all gates open"), []
+    own, result = measured("all gates open"), []
     for layer, (gate, _) in enumerate(predictor.model.gates()):
         with closed_gate(predictor.model, layer):
-            result.append({"gate": gate, "exact_match": own, "exact_match_closed": right(f"gate {layer} closed")})
+            closed = measured(f"gate {layer} closed")
+        scores = {
+            "exact_match": own[0],
+            "exact_match_closed": closed[0],
+            "binding": own[1],
+            "binding_closed": closed[1],
+        }
+        result.append({"gate": gate} | scores)
     return result
 
 
 def gates_sentence(layers: list[dict]) -> str:
     """What each layer's look is worth."""
-    closed = ", ".join(f"{held['exact_match_closed']:.3f} ({held['gate']:+.2f})" for held in layers)
+    shown = "; ".join(
+        f"{held['gate']:+.2f}: {held['exact_match_closed']:.3f}, {held['binding_closed']:.3f}" for held in layers
+    )
     return (
-        f"exact match with one attention gate closed, first layer first (its gate): {closed}; "
-        f"with none {layers[0]['exact_match']:.3f}"
+        f"exact match and five-way binding with one attention gate closed, first layer first: {shown} "
+        f"(all open: {layers[0]['exact_match']:.3f}, {layers[0]['binding']:.3f})"
     )

@@ -24,8 +24,8 @@ classification, classification_novel
 one_word                classroom: chance; shots: the same, with text_only_demos and shuffled_demos
 fast_binding            classroom: accuracy, low, high, n, chance, and its controls blind, text_only_demos; novel: the
                         same for novel objects; five_way: both, of five examples
-closed_gates            classroom: for each layer that looks its gate, exact_match of the first items, and
-                        exact_match_closed, with this gate at 0
+closed_gates            classroom: for each layer that looks its gate; exact_match of the first items and binding (five
+                        ways), and both with this gate at 0: exact_match_closed, binding_closed
 attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no such name)
 attention               chance, n, pictures; examples: {item, word, grid} as shown in the report
 examples                every item: prompt, said, true (one right caption), right, score (CIDEr-D of this picture)
@@ -163,8 +163,10 @@ def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
     result |= timed(
         "attention", lambda: parts.keep("attention", lambda: attention_results(todo, predictions, predictor))
     )
-    if test_set.classroom:
-        result["closed_gates"] = timed("gates", lambda: without_each_gate(predictor, parts, test_set.items, todo.rows))
+    if todo.episodes:
+        episodes = todo.episodes[f"fast binding {BINDING_WAYS[-1]}"]
+        result["closed_gates"] = timed("gates", lambda: without_each_gate(
+            predictor, parts, test_set.items, todo.rows, episodes, todo.seed))  # fmt: skip
     result["examples"] = [
         {"prompt": item.prompt, "said": text, "true": item.truths[0], "right": bool(right), "score": float(score)}
         for item, text, right, score in zip(
@@ -226,7 +228,7 @@ def binding_results(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
 
     def measured(kind: str, ways: int) -> dict:
         title = f"fast binding{kind} {ways}"
-        return fast_binding(predictor, parts, todo.episodes[title], title, todo.seed)
+        return fast_binding(predictor, parts, todo.episodes[title], title, todo.seed, controls=not kind)
 
     two, five = (measured("", ways) | {"novel": measured("_novel", ways)} for ways in BINDING_WAYS)
     return two | {"five_way": five}

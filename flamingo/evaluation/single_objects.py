@@ -104,26 +104,32 @@ def binding_episodes(singles: Singles, n: int, seed: int, ways: int = 2) -> list
     return episodes
 
 
-def fast_binding(predictor: Predictor, parts: Parts, episodes: Sequence[Episode], title: str, seed: int) -> dict:
-    """{accuracy, low, high, n, chance, blind, text_only_demos}: with the pictures, and the controls, which are at
-    chance: all pictures taken away, and those of the examples."""
+def binding_marks(
+    predictor: Predictor, parts: Parts, episodes: Sequence[Episode], title: str, seed: int, way: str = ""
+) -> np.ndarray:
+    """1.0 where the likeliest of the names shown is right, (N,). way: a control, see `Episode.text`, or blind."""
     pool = names_of_episodes(seed)
     columns = [[pool.index(name) for name in episode.names] for episode in episodes]
+    texts = [episode.text("" if way == "blind" else way) for episode in episodes]
 
-    def marks(way: str) -> np.ndarray:
-        texts = [episode.text("" if way == "blind" else way) for episode in episodes]
+    def work() -> list[bool]:
+        scores = predictor.choose(texts, pool, title, blind=way == "blind")  # (B, K)
+        return [scores[b, columns[b]].argmax().item() == episode.right for b, episode in enumerate(episodes)]
 
-        def work() -> list[bool]:
-            scores = predictor.choose(texts, pool, f"{title} {way}".strip(), blind=way == "blind")  # (B, K)
-            return [scores[b, columns[b]].argmax().item() == episode.right for b, episode in enumerate(episodes)]
+    return np.array(parts.keep(title, work), dtype=float)
 
-        return np.array(parts.keep(f"{title} {way}", work), dtype=float)
 
-    right = marks("")
+def fast_binding(
+    predictor: Predictor, parts: Parts, episodes: Sequence[Episode], title: str, seed: int, controls: bool = True
+) -> dict:
+    """{accuracy, low, high, n, chance}, and with controls blind, text_only_demos: all pictures taken away, and those of
+    the examples; both are at chance."""
+    right = binding_marks(predictor, parts, episodes, title, seed)
     low, high = bootstrap_interval(right)
     result = {"accuracy": float(right.mean()), "low": float(low), "high": float(high), "n": len(right)}
-    controls = {way: float(marks(way).mean()) for way in ("blind", "text_only_demos")}
-    return result | {"chance": 1 / len(episodes[0].shown)} | controls
+    for way in ("blind", "text_only_demos") if controls else ():
+        result[way] = float(binding_marks(predictor, parts, episodes, f"{title}, {way}", seed, way).mean())
+    return result | {"chance": 1 / len(episodes[0].shown)}
 
 
 def binding_sentence(bound: dict) -> str:

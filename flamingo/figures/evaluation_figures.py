@@ -155,16 +155,17 @@ def binding_figure(result: dict) -> bytes | None:
 
 
 def gates_figure(result: dict) -> bytes | None:
-    """Exact match as the model is, and with the attention gate of each layer closed (classroom only)."""
+    """Captions and fast binding with the attention gate of each layer closed, and with all open (classroom only)."""
     if "closed_gates" not in result:
         return None
     layers = result["closed_gates"]
-    figure, axes = _axes("One gate closed", "exact match", width=4.6)
-    labels = [f"layer {k + 1}\ngate {held['gate']:+.2f}" for k, held in enumerate(layers)]
-    axes.bar(labels, [held["exact_match_closed"] for held in layers], color=COLORS["train"])
-    axes.axhline(layers[0]["exact_match"], color=COLORS["with"], lw=1, label="all open")
-    axes.set_ylim(0, 1.05)
-    axes.legend(frameon=False, fontsize=8)
+    figure, axes = _axes("One gate closed", "right answers", width=4.6)
+    labels = ["all open", *(f"gate {held['gate']:+.2f}\nclosed" for held in layers)]
+    captions, binding = ([layers[0][name], *(held[f"{name}_closed"] for held in layers)]
+                         for name in ("exact_match", "binding"))  # fmt: skip
+    _bars_beside(axes, labels, {
+        "captions (exact match)": (captions, COLORS["with"]), "fast binding, of five names": (binding, NOVEL),
+    })  # fmt: skip
     return png(figure)
 
 
