@@ -53,6 +53,10 @@ class Preprocess:
     def __call__(self, picture: Image.Image) -> Tensor:
         return self._apply(to_rgb(picture))
 
+    def __reduce__(self):
+        """For pickle: workers of a DataLoader that are spawned make it again from its settings."""
+        return Preprocess, (self.settings,)
+
     @classmethod
     def load(cls, folder: Path) -> "Preprocess":
         try:

@@ -16,6 +16,8 @@ This file imports nothing of ours but the error.
 import contextlib
 import inspect
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -203,15 +205,45 @@ def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Ten
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
 
+# ----------------------------------------------------------------------------------------------- torch: threads
+_LOCKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # beside the modules: no lock can be pickled
+_MAKING_A_LOCK = threading.Lock()
+_THIS_THREAD = threading.local()
+
+
+@contextlib.contextmanager
+def one_at_a_time(module: nn.Module) -> Iterator[None]:
+    """Inside, no other thread is inside for the same module; it waits until this one is through.
+
+    Not while torch traces a call, which it does in one thread and without knowing locks. Raises RuntimeError if this
+    very thread is inside already (a callback of `generate` that calls the model again): it would wait for itself.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    inside = vars(_THIS_THREAD).setdefault("inside", set())
+    if id(module) in inside:
+        raise RuntimeError("a model that is generating was called again, by a callback of its own: give it a copy")
+    with _MAKING_A_LOCK:
+        lock = _LOCKS.setdefault(module, threading.Lock())
+    with lock:
+        inside.add(id(module))
+        try:
+            yield
+        finally:
+            inside.discard(id(module))
+
+
 # --------------------------------------------------------------------------------------------- torch: assertions
 def check_values(holds: Tensor, mistake: Callable[[int], str]) -> None:
     """Raises ValueError unless all of `holds` (N, …), bool, is True: `mistake(i)` is the sentence for the first that is
     not.
 
     To look at the values of a tensor on a GPU is to wait for all its work. There the GPU checks by itself, without a
-    wait, and its program ends with an assertion (torch's own, which is private).
+    wait, and its program ends with an assertion (torch's own, which is private). So it is in a traced or exported call,
+    where the values are not there yet.
     """
-    if holds.device.type == "cpu":
+    if holds.device.type == "cpu" and not torch.compiler.is_compiling():
         if not holds.all():
             raise ValueError(mistake(int((~holds).nonzero()[0, 0])))
     else:
