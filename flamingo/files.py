@@ -61,10 +61,12 @@ def find_folder(name: str | Path, hub_options: dict) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    known = ("revision", "token", "cache_dir", "local_files_only")
+    known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     options = {key: hub_options[key] for key in known if hub_options.get(key) is not None}
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt"], **options))
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **options)
+        )
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such repository, no such name
         raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached") from error
 

@@ -16,14 +16,13 @@ This file imports nothing of ours but the error.
 import contextlib
 import inspect
 import logging
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -184,6 +183,22 @@ def embedding_scale(embedding: nn.Embedding) -> float:
     return getattr(embedding, "embed_scale", 1.0)
 
 
+# ------------------------------------------------------------------------------------------ transformers: configs
+def general_settings() -> set[str]:
+    """What transformers, its Trainer or a user may set in any model's config, and what is written with it."""
+    generation = GenerationConfig().to_dict().keys()  # these have stood in configs, use_cache does again
+    return {*PreTrainedConfig().to_dict(), *generation, "tie_word_embeddings", "torch_dtype", "attn_implementation"}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def name_adapters(model: nn.Module, configs: dict) -> None:
+    """Let a `PreTrainedModel` know the adapters that are in it already, by name, as its `add_adapter` would have."""
+    model._hf_peft_config_loaded, model.peft_config = True, configs
+
+
 # --------------------------------------------------------------------------------------- transformers: attention
 def register_attention(name: str, attention: Callable) -> None:
     """Let language models call `attention` under this name, with the masks of sdpa."""
@@ -200,38 +215,31 @@ def set_attention(model: nn.Module, name: str) -> None:
     model.set_attn_implementation(name)
 
 
+def requested_attention(config) -> str | None:
+    """What a config was given as `attn_implementation`, None if nothing."""
+    return config._attn_implementation
+
+
+def note_attention(config, name: str | None) -> None:
+    """Let a config say which attention its model uses."""
+    config._attn_implementation = name
+
+
 def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
     """transformers' own attention by torch: (B, h, T, c) each → (B, T, h, c)."""
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
 
-# ----------------------------------------------------------------------------------------------- torch: threads
-_LOCKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # beside the modules: no lock can be pickled
-_MAKING_A_LOCK = threading.Lock()
-_THIS_THREAD = threading.local()
-
-
+# ----------------------------------------------------------------------------------- torch: default dtype
 @contextlib.contextmanager
-def one_at_a_time(module: nn.Module) -> Iterator[None]:
-    """Inside, no other thread is inside for the same module; it waits until this one is through.
-
-    Not while torch traces a call, which it does in one thread and without knowing locks. Raises RuntimeError if this
-    very thread is inside already (a callback of `generate` that calls the model again): it would wait for itself.
-    """
-    if torch.compiler.is_compiling():
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new tensors are of this dtype, whatever a library has set for the model that it is building."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
         yield
-        return
-    inside = vars(_THIS_THREAD).setdefault("inside", set())
-    if id(module) in inside:
-        raise RuntimeError("a model that is generating was called again, by a callback of its own: give it a copy")
-    with _MAKING_A_LOCK:
-        lock = _LOCKS.setdefault(module, threading.Lock())
-    with lock:
-        inside.add(id(module))
-        try:
-            yield
-        finally:
-            inside.discard(id(module))
+    finally:
+        torch.set_default_dtype(before)
 
 
 # --------------------------------------------------------------------------------------------- torch: assertions

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flamingo.config import CrossAttentionConfig, layers_with_cross_attention
 from flamingo.interop import compat
+from flamingo.interop.threads import one_at_a_time
 from flamingo.model.cross_attention import (
     GatedCrossAttentionBlock,
     Images,
@@ -90,8 +91,7 @@ class FlamingoLayer(nn.Module):
         if self.vis_x is None:
             return None
         keys_values = self.keys_values or self.gated_cross_attn_layer.attn.project_media(self.vis_x)
-        if self.use_cached_media:
-            self.keys_values = keys_values
+        self.keys_values = keys_values if self.use_cached_media else None
         return keys_values
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
@@ -232,5 +232,5 @@ class CrossAttentionFusion:
     @contextmanager
     def __call__(self, images: Images | None, text, generating: bool = False) -> Iterator:
         """Inside, the language model sees the pictures (its layers hold them: another thread has to wait)."""
-        with compat.one_at_a_time(self.lm), self.lm.conditioned(images, text.media_locations, generating=generating):
+        with one_at_a_time(self.lm), self.lm.conditioned(images, text.media_locations, generating=generating):
             yield text
