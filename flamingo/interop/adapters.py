@@ -35,12 +35,18 @@ def config_of(settings: dict):
     return PeftConfig.from_peft_type(**settings)
 
 
-def add_adapter(model: nn.Module, name: str, settings: dict) -> None:
-    """Put a fresh adapter into a Flamingo, in place, where `FlamingoModel.add_adapter` puts it."""
-    config = config_of(settings)
+def add_adapter(model: nn.Module, name: str, config) -> None:
+    """Put a fresh adapter into a Flamingo, in place, and make it the active one.
+
+    config: peft's. What trained before goes on training: peft freezes all but its own.
+    """
     from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inject_adapter_in_model(config, nn.ModuleDict({"flamingo": model}), name)
-    for parameter in trained:  # peft freezes all but its own
+    inject_adapter_in_model(config, nn.ModuleDict({"flamingo": model}), name)  # named as in a `FlamingoModel`
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(name)
+    for parameter in trained:
         parameter.requires_grad_(True)

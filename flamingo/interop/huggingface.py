@@ -30,6 +30,7 @@ from flamingo.errors import InputError
 from flamingo.evaluation.attention import recorded_cross_attention
 from flamingo.fast.checkpointing import checkpoint_layers
 from flamingo.interop import compat
+from flamingo.interop.adapters import add_adapter
 from flamingo.interop.backbones import Built, build_flamingo
 from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.interop.huggingface_generation import Generate
@@ -116,13 +117,14 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         self.flamingo.train_language_model(trains)
         self.config.freeze_language_model = not trains
 
-    def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """LoRA in the language model. peft freezes all but its own; what was added to the model goes on training."""
-        added = [self.flamingo.vision_tokenizer, *self.flamingo.added_parts()]
-        trained = [parameter for part in added for parameter in part.parameters() if parameter.requires_grad]
-        super().add_adapter(adapter_config, adapter_name)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
+        """LoRA beside frozen matrices; what trains goes on training. (transformers' own method freezes it, and refuses
+        some versions of peft that work.) Raises ValueError for a name that is taken."""
+        known = getattr(self, "peft_config", {})
+        if adapter_name in known:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: give the new one another name")
+        add_adapter(self.flamingo, adapter_name, adapter_config)
+        compat.name_adapters(self, known | {adapter_name: adapter_config})
 
     def train(self, mode: bool = True) -> "FlamingoModel":
         """Frozen parts stay in eval mode; the dropout of a LoRA adapter inside them does not."""

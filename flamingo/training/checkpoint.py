@@ -26,7 +26,7 @@ from flamingo.errors import InputError
 from flamingo.fast.onednn import PackedLinear
 from flamingo.files import read_json, sample, write_atomically, write_json
 from flamingo.interop import compat
-from flamingo.interop.adapters import add_adapter, name_without_adapter
+from flamingo.interop.adapters import add_adapter, config_of, name_without_adapter
 from flamingo.interop.backbones import Built, build_flamingo
 from flamingo.model.vlm import VisionLanguageModel
 
@@ -157,7 +157,7 @@ def load_model(folder: str | Path, config: ModelConfig | None = None, quantizati
     built = build_flamingo(config, quantization)
     adapters = read_json(folder / "config.json").get(ADAPTERS, {})
     for name, settings in adapters.items():
-        add_adapter(built.model, name, settings)
+        add_adapter(built.model, name, config_of(settings))
     load_trained(built.model, tensors, str(folder / WEIGHTS))
     print(
         f"{folder}: {len(tensors)} trained tensors loaded, beside {config.language.name} and {config.vision.name}",
