@@ -34,8 +34,8 @@ def collate(rows: list[dict]) -> dict:
 
 
 options = TrainingArguments(
-    out, max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
-    remove_unused_columns=False, logging_steps=5, save_steps=10, report_to="none",
+    out, num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
+    remove_unused_columns=False, logging_steps=1, save_strategy="epoch", report_to="none",
 )  # fmt: skip
 trainer = Trainer(model, options, train_dataset=pictures, data_collator=collate, processing_class=processor)
 trainer.train()  # after a kill: resume_from_checkpoint=True
