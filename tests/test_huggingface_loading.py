@@ -163,6 +163,18 @@ def test_from_config_has_the_dtype_and_attention_that_are_asked_for():
     assert made.flamingo.lang_encoder.config._attn_implementation == "eager"
 
 
+def test_a_config_and_a_state_dict_make_a_model(model, expected):
+    made = FlamingoModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(made(**INPUTS).logits, expected)
+    with pytest.raises(InputError, match="no option state_dict="):
+        load(state_dict={})
+
+
+def test_the_vocabulary_is_not_resized(model):
+    with pytest.raises(InputError, match="that of the frozen language model"):
+        model.resize_token_embeddings(2000)
+
+
 # --------------------------------------------------------------------------------------------- pickles and copies
 def test_a_model_can_be_pickled_copied_and_saved_by_torch(model, expected, tmp_path):
     torch.save(model, tmp_path / "model.pt")

@@ -138,7 +138,7 @@ def test_the_loss_is_divided_by_the_number_it_is_given(model, inputs):
 
 
 @torch.no_grad()
-def test_attentions_to_text_and_pictures_are_returned_or_it_is_said_how(model, inputs):
+def test_attentions_to_text_and_to_pictures_are_returned(model, inputs):
     output = model(**inputs, output_attentions=True)
     length, layers = inputs["input_ids"].shape[1], len(model.get_modified_layers())
     assert all(weights.shape[-2:] == (length, length) for weights in output.attentions)
@@ -146,9 +146,11 @@ def test_attentions_to_text_and_pictures_are_returned_or_it_is_said_how(model, i
     seen = inputs["media_locations"].cumsum(dim=1) > 0  # rows behind <image> sum to 1, those before it to 0
     for weights in output.cross_attentions:
         torch.testing.assert_close(weights.sum(dim=-1), seen[:, None].float().expand(weights.shape[:3]))
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(InputError, match=r"set_attn_implementation\('eager'\) does"):
-        model(**inputs, output_attentions=True)
+    model.set_attn_implementation("sdpa")  # which keeps none: eager takes its place for this call
+    for name in ("attentions", "cross_attentions"):
+        for one, other in zip(model(**inputs, output_attentions=True)[name], output[name], strict=True):
+            torch.testing.assert_close(one, other)
+    assert model.flamingo.lang_encoder.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
 
 

@@ -215,6 +215,17 @@ def set_attention(model: nn.Module, name: str) -> None:
     model.set_attn_implementation(name)
 
 
+@contextlib.contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, a language model computes attention in the one way that keeps the weights."""
+    name = attention_name(model)
+    try:
+        set_attention(model, "eager")
+        yield
+    finally:
+        set_attention(model, name)
+
+
 def requested_attention(config) -> str | None:
     """What a config was given as `attn_implementation`, None if nothing."""
     return config._attn_implementation

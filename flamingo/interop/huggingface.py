@@ -87,7 +87,8 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         self._decodes_rightly = False  # not checked yet
         if attention is not None:
             self.set_attn_implementation(attention)
-        self.to(wanted_dtype)
+        if wanted_dtype != torch.float32:
+            self.to(wanted_dtype)
 
     def init_weights(self) -> None:
         """transformers calls this when a model is built: all weights have their values already."""
@@ -96,8 +97,10 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         self.all_tied_weights_keys = {f"{prefix}{one}": f"{prefix}{other}" for one, other in of_lm.items()}
 
     def set_attn_implementation(self, attn_implementation: str, **options) -> None:
-        """The attention of the language model: sdpa, eager (which can return its weights), …"""
-        self.flamingo.lang_encoder.set_attn_implementation(attn_implementation, **options)
+        """The attention of the backbones (the vision encoder's only if it is transformers' own): sdpa, eager, …"""
+        for part in (self.flamingo.lang_encoder, *self.flamingo.vision_encoder.children()):
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation(attn_implementation, **options)
         compat.note_attention(self.config, compat.attention_name(self.flamingo.lang_encoder))
 
     # --------------------------------------------------------------------------------------------- what trains
@@ -147,6 +150,15 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.flamingo.lang_encoder.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.flamingo.lang_encoder.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *_, **__) -> None:
+        raise InputError("the vocabulary is that of the frozen language model: resize that, and name the new one")
 
     def get_output_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_output_embeddings()
@@ -234,9 +246,9 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
                 a cache those of earlier calls.
             image_index: (B, T_img); pixel_values or visual_features are then a bank (N, …), see `Flamingo`.
             cache, or past_key_values, its name before transformers 5.24: keys and values of the text so far.
-            output_attentions: `.attentions` of the language model, a (B, h, T_txt, T_txt) for each layer, which needs
-                attn_implementation="eager", and `.cross_attentions` (B, h, T_txt, T_img·n) for each layer that looks at
-                pictures.
+            output_attentions: `.attentions` of the language model, a (B, h, T_txt, T_txt) for each layer, and
+                `.cross_attentions` (B, h, T_txt, T_img·n) for each layer that looks at pictures. (The language model
+                is then computed by attn_implementation="eager", for no other keeps them.)
             return_dict: False gives a tuple, the loss first.
             num_items_in_batch: labelled tokens of all batches whose gradients are added up, by which the Trainer wants
                 the loss to be divided.
@@ -244,11 +256,6 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         """
         lm, config = self.flamingo.lang_encoder, self.config
         attentions = config.output_attentions if output_attentions is None else output_attentions
-        if attentions and compat.attention_name(lm) != "eager":
-            raise InputError(
-                f"attn_implementation={compat.attention_name(lm)!r} keeps no attentions: "
-                "model.set_attn_implementation('eager') does"
-            )
         hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if use_cache is None:  # while a loss is computed nobody reads on
             use_cache = config.use_cache and labels is None and not self.training
@@ -256,9 +263,12 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         images = self._images(len(tokens), pixel_values, visual_features, image_index)
         so_far = self._text_so_far(tokens, media_locations, images, past)
         with ExitStack() as stack:
-            weights = stack.enter_context(recorded_cross_attention(self.flamingo)) if attentions else []
             text = (input_ids, attention_mask, so_far.media_locations, labels, inputs_embeds)
             text = stack.enter_context(self.flamingo.reading(so_far.images, *text))
+            weights = []
+            if attentions:
+                stack.enter_context(compat.eager_attention(lm))
+                weights = stack.enter_context(recorded_cross_attention(self.flamingo))
             output = self.flamingo.predict(
                 text, use_cache=use_cache, output_attentions=attentions, output_hidden_states=hidden,
                 return_dict=True, **compat.cache_argument(lm, past), **lm_options,

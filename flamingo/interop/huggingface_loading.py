@@ -42,13 +42,13 @@ class LoadAndSave:
     # --------------------------------------------------------------------------------------------------- loading
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *_, config: FlamingoConfig | str | Path | None = None,
+        cls, pretrained_model_name_or_path: str | Path | None, *_, config: FlamingoConfig | str | Path | None = None,
         dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None, device_map=None,
         attn_implementation: str | None = None, quantization_config=None,
         generation_config: GenerationConfig | None = None, output_loading_info: bool = False, subfolder: str = "",
         **options,
     ):  # fmt: skip
-        """The model of a run folder, or of a repository on the hub.
+        """The model of a run folder, or of a repository on the hub; of a config and a state_dict if no name is given.
 
         Args:
             config: in place of the folder's own.
@@ -64,6 +64,10 @@ class LoadAndSave:
         has no meaning here.
         """
         device = one_device(device_map)
+        if pretrained_model_name_or_path is None:
+            model = cls(config).to(device=device, dtype=_dtype(dtype, config)).eval()
+            model.load_state_dict(options.pop("state_dict", {}))
+            return model
         folder = find_folder(pretrained_model_name_or_path, options) / subfolder
         config = _config(folder, config, options)
         wanted = _dtype(dtype if dtype is not None else torch_dtype, config)
@@ -182,7 +186,7 @@ def _config(folder: Path, given: FlamingoConfig | str | Path | None, options: di
             setattr(config, name, value)
         elif not (value is None or name in WITHOUT_EFFECT or name in OF_A_HUB
                   or (name, value) in (("use_safetensors", True), ("ignore_mismatched_sizes", False))):  # fmt: skip
-            raise InputError(f"from_pretrained of FlamingoModel has no option {name}={value!r}")
+            raise InputError(f"from_pretrained of FlamingoModel has no option {name}={value!r:.60}")
     return config
 
 
