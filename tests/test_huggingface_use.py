@@ -263,12 +263,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(inputs):
 
 
 @torch.no_grad()
-def test_forward_can_be_exported_and_compiled_as_one_graph(model, inputs):
-    expected = model(**inputs).logits
+def test_forward_can_be_exported(model, inputs):
     exported = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=False)
-    torch.testing.assert_close(exported.module()(**inputs, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+    found = exported.module()(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8), reason="this torch traces no context managers"
+)
+@torch.no_grad()
+def test_forward_can_be_compiled_as_one_graph(model, inputs):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+    found = compiled(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_static_cache_gives_the_same_text(model, inputs):
