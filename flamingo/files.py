@@ -61,24 +61,30 @@ def find_folder(name: str | Path, hub_options: dict) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    known = ("revision", "token", "cache_dir", "local_files_only")
+    known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     options = {key: hub_options[key] for key in known if hub_options.get(key) is not None}
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt"], **options))
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **options)
+        )
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such repository, no such name
         raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached") from error
 
 
-def fingerprint(module) -> str:
-    """16 hex digits that tell one set of weights from another: a hash of names, shapes and 64 values per tensor."""
+def sample(tensor):
+    """64 values of a tensor, evenly spaced, in its own dtype on the CPU: enough to see that it is another."""
     import torch
 
+    flat = tensor.detach().flatten()
+    count = min(64, len(flat))
+    # In whole numbers: float32 cannot count the 39 million values of OPT-125m's token embeddings.
+    return flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)].cpu()
+
+
+def fingerprint(module) -> str:
+    """16 hex digits that tell one set of weights from another: a hash of names, shapes and a sample of each tensor."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        flat = value.detach().flatten()
-        count = min(64, len(flat))
-        # In whole numbers: float32 cannot count the 39 million values of OPT-125m's token embeddings.
-        picked = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)]
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(picked.float().cpu().numpy().tobytes())
+        digest.update(sample(value).float().numpy().tobytes())
     return digest.hexdigest()[:16]

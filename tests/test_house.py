@@ -7,16 +7,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAMINGO = ROOT / "flamingo"
 
 # Floors, lowest first; a module imports from its own floor and those below. interop stands beside and knows all, but
-# compat and the loading of backbones serve others.
+# compat, adapters and the loading of backbones serve others.
 FLOORS = [
     ("errors",),
     ("files", "config"),
-    ("presets", "interop.compat"),
+    ("presets", "interop.compat", "interop.threads"),
     ("model",),
     ("fast",),
     ("data",),
     ("classroom", "figures.run_figures", "figures.evaluation_figures"),
-    ("interop.backbones", "interop.selfcheck"),
+    ("interop.backbones", "interop.adapters", "interop.selfcheck"),
     ("evaluation",),
     ("training",),
     (
@@ -96,6 +96,7 @@ def test_the_lesson_imports_torch_einops_transformers_and_what_is_below_it():
                 "flamingo.files",
                 "flamingo.interop",
                 "flamingo.interop.compat",
+                "flamingo.interop.threads",
             }
             assert {other for other in imported(file, lazily=True) if not other.startswith("flamingo.model")} <= below
 

@@ -32,7 +32,7 @@ class ClassroomScenes(Dataset):
     """
 
     LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
-    DOCUMENTS, NAMINGS, RULES = 0.15, 0.25, 0.15  # shares of the examples
+    DOCUMENTS, NAMINGS, RULES = 0.15, 0.2, 0.12  # shares of the examples
     DOCUMENT_LENGTHS = (2, 2, 3, 3, 4, 4, 8)  # scenes; drawn from
     QUESTIONS = 0.15  # share of the texts, of documents too
 

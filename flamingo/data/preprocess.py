@@ -7,14 +7,42 @@ again from them; no weights are needed for that.
 import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
 
-from flamingo.data.pictures import to_rgb
+from flamingo.data.pictures import open_picture, to_rgb
+from flamingo.data.places import Unusable
 from flamingo.errors import InputError
 from flamingo.interop import compat
 
 FILE = "preprocessor_config.json"
+Picture = Image.Image | str | Path | np.ndarray | Tensor  # (H, W, C) or (C, H, W), 0 to 255 or 0 to 1
+
+
+def is_picture(value) -> bool:
+    """One picture, and not a list of them (a batch of arrays is one)."""
+    return isinstance(value, (Image.Image, str, Path)) or getattr(value, "ndim", 0) in (2, 3)
+
+
+def as_pil(picture: Picture) -> Image.Image:
+    """Raises InputError for a file that is no picture, or an array that cannot be one."""
+    try:
+        if isinstance(picture, Image.Image):
+            return picture
+        if isinstance(picture, (np.ndarray, Tensor)):
+            array = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else picture
+            return to_pil_image(array[..., None] if array.ndim == 2 else array)
+        if str(picture).startswith(("http://", "https://", "data:")):
+            return load_image(str(picture))
+        return open_picture(picture)
+    except Unusable as error:
+        raise InputError(f"{picture} {error}") from error
+    except (OSError, ValueError, TypeError) as error:
+        what = f"an array of shape {tuple(picture.shape)}" if hasattr(picture, "shape") else picture
+        raise InputError(f"{what} cannot be read as a picture ({type(error).__name__}: {error})") from error
 
 
 class Preprocess:
@@ -39,6 +67,13 @@ class Preprocess:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         return self._apply(to_rgb(picture))
+
+    def __repr__(self) -> str:
+        return f"Preprocess({self.settings})"
+
+    def __reduce__(self):
+        """For pickle: workers of a DataLoader that are spawned make it again from its settings."""
+        return Preprocess, (self.settings,)
 
     @classmethod
     def load(cls, folder: Path) -> "Preprocess":

@@ -14,16 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from flamingo.data.pictures import open_picture
-from flamingo.data.places import Unusable
-from flamingo.data.preprocess import Preprocess
+from flamingo.data.preprocess import Picture, Preprocess, as_pil, is_picture
 from flamingo.errors import InputError
 
 MEDIA_TOKEN, EOC_TOKEN = "<image>", "<|endofchunk|>"
+# A conversation as the text the model is trained on: what the user says is the prompt, what the assistant says the
+# caption. (Jinja, as transformers has it.)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.content is string %}{{ ' ' + message.content | trim }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ ' ' + part.text | trim }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if message.role == 'assistant' %}<|endofchunk|>{% endif %}"
+    "{% endfor %}"
+)
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class FlamingoProcessor(ProcessorMixin):
 
     def __init__(self, tokenizer, image_processor: Preprocess):
         # ProcessorMixin (which a pipeline requires) would insist on one of transformers' own image processors.
-        self.chat_template = None
+        self.chat_template = CHAT_TEMPLATE
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.media_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
         self.eoc_token_id = tokenizer.convert_tokens_to_ids(EOC_TOKEN)
@@ -74,45 +83,61 @@ class FlamingoProcessor(ProcessorMixin):
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
-        return cls(tokenizer, Preprocess.load(folder))
+        processor = cls(tokenizer, Preprocess.load(folder))
+        if (folder / CHAT_TEMPLATE_FILE).is_file():
+            processor.chat_template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+        return processor
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer and `preprocessor_config.json` into an existing folder."""
+    def save_pretrained(self, folder: str | Path, push_to_hub: bool = False, **hub_options) -> None:
+        """Write the tokenizer, `preprocessor_config.json` and, if it is not the usual one, the chat template."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save(Path(folder))
+        self.image_processor.save(folder)
+        if self.chat_template != CHAT_TEMPLATE:
+            (folder / CHAT_TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(hub_options.pop("repo_id", folder.name), **hub_options)
+
+    def to_dict(self) -> dict:
+        """What `print` shows beside the tokenizer."""
+        return {"image_processor": self.image_processor.settings, "processor_class": type(self).__name__}
+
+    model_input_names = property(lambda self: ["input_ids", "attention_mask", "media_locations", "pixel_values"])
 
     # ------------------------------------------------------------------------------------ what users call
     def __call__(
         self,
-        images: Image.Image | str | Path | Sequence | None = None,
+        images: Picture | Sequence | None = None,
         text: str | Sequence[str] | None = None,
         *,
-        padding: bool = True,
-        padding_side: str = "left",
-        max_length: int | None = None,
+        videos: None = None,
+        audio: None = None,
         return_tensors: str = "pt",
+        **text_options,
     ) -> BatchFeature:
         """Pictures and texts → what `FlamingoModel` takes.
 
         Args:
-            images: PIL pictures or files: one, a list (dealt out in order to the <image> tags of the texts), or a list
-                for each text.
+            images: PIL pictures, files, or arrays of numpy or torch: one, a list (dealt out in order to the <image>
+                tags of the texts), or for each text a list or None.
             text: one or several, with an <image> for each picture; "<image>" for each picture if not given.
-            padding: texts of unequal length are filled up; padding_side: left to generate, right to train.
-            max_length: cut texts to this many tokens.
+            text_options: those of `encode_text`. videos, audio: None (transformers passes them).
 
         Returns input_ids, attention_mask, media_locations (B, T_txt), and pixel_values (B, T_img, 1, C, H, W) if there
         are pictures, 0 where a text has fewer than T_img. Raises ValueError when pictures and tags disagree.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' (torch) is offered")
+        if videos is not None or audio is not None:
+            raise ValueError("a Flamingo takes images and text, no videos or audio")
         if text is None and images is None:
             raise ValueError("give images, text or both")
-        pictures = None if images is None else [images] if _is_picture(images) else list(images)
+        pictures = None if images is None else [images] if is_picture(images) else list(images)
         if text is None:
-            text = [MEDIA_TOKEN * (1 if _is_picture(entry) else len(entry)) for entry in pictures]
+            text = [MEDIA_TOKEN * (1 if is_picture(entry) else len(entry or ())) for entry in pictures]
         texts = [text] if isinstance(text, str) else list(text)
-        inputs = self.encode_text(texts, padding=padding, padding_side=padding_side, max_length=max_length)
+        inputs = self.encode_text(texts, **text_options)
         if pictures is not None:
             inputs["pixel_values"] = self._pixels_by_text(self._deal_out(pictures, texts))
         return inputs
@@ -121,18 +146,34 @@ class FlamingoProcessor(ProcessorMixin):
         self,
         text: str | Sequence[str],
         *,
-        padding: bool = True,
+        padding: bool | str = True,
         padding_side: str = "left",
+        truncation: bool | None = None,
         max_length: int | None = None,
+        add_special_tokens: bool = True,
     ) -> BatchFeature:
-        """Texts → input_ids, attention_mask, media_locations (B, T_txt)."""
+        """Texts → input_ids, attention_mask, media_locations (B, T_txt).
+
+        Args:
+            padding: texts of unequal length are filled up to the longest; "max_length": to max_length tokens.
+            padding_side: left to generate, right to train.
+            truncation: cut texts to max_length; by default if that is given and no length of padding.
+            add_special_tokens: begin a text as the language model was trained, if with a token of its own.
+        """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("the batch is empty: give at least one text")
-        rows = [self.tokenizer(one).input_ids[:max_length] for one in texts]
-        if not padding and len({len(row) for row in rows}) > 1:
+        known = (True, False, "longest", "max_length", "do_not_pad")
+        if padding not in known or (padding == "max_length" and max_length is None):
+            raise ValueError(
+                f"padding={padding!r} with max_length={max_length}: give one of {known}, the fourth with it"
+            )
+        rows = [self.tokenizer(one, add_special_tokens=add_special_tokens).input_ids for one in texts]
+        if truncation or (truncation is None and padding != "max_length"):
+            rows = [row[:max_length] for row in rows]
+        if padding in (False, "do_not_pad") and len({len(row) for row in rows}) > 1:
             raise ValueError("texts of unequal length need padding=True to stand in one tensor")
-        input_ids, attention_mask = self.pad(rows, padding_side)
+        input_ids, attention_mask = self.pad(rows, padding_side, max_length if padding == "max_length" else 0)
         return BatchFeature(
             {
                 "input_ids": input_ids,
@@ -160,10 +201,10 @@ class FlamingoProcessor(ProcessorMixin):
             text = text.replace(token, "")
         return text.strip()
 
-    def preprocess_images(self, pictures: Image.Image | str | Path | Sequence) -> Tensor:
-        """N pictures (PIL or files) → (N, F=1, C, H, W)."""
-        pictures = [pictures] if _is_picture(pictures) else pictures
-        return torch.stack([self.image_processor(_opened(picture)) for picture in pictures])[:, None]
+    def preprocess_images(self, pictures: Picture | Sequence) -> Tensor:
+        """N pictures (see `__call__`) → (N, F=1, C, H, W)."""
+        pictures = [pictures] if is_picture(pictures) else pictures
+        return torch.stack([self.image_processor(as_pil(picture)) for picture in pictures])[:, None]
 
     def batch_decode(self, sequences: Tensor, skip_special_tokens: bool = True, **options) -> list[str]:
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **options)
@@ -180,10 +221,10 @@ class FlamingoProcessor(ProcessorMixin):
     def _deal_out(self, pictures: list, texts: list[str]) -> list[list]:
         """The pictures of each text, as many as it has tags."""
         tags = [text.count(MEDIA_TOKEN) for text in texts]
-        if all(not _is_picture(entry) for entry in pictures):
+        if any(entry is None for entry in pictures) or not any(is_picture(entry) for entry in pictures):
             if len(pictures) != len(texts):
                 raise ValueError(f"pictures for {len(pictures)} texts, but {len(texts)} texts")
-            dealt = [list(entry) for entry in pictures]
+            dealt = [[entry] if is_picture(entry) else list(entry or ()) for entry in pictures]
         else:
             left, dealt = list(pictures), []
             for count in tags:
@@ -229,9 +270,11 @@ class FlamingoProcessor(ProcessorMixin):
             is_prompt += [True] * len(given) + [False] * len(target)
         return ids, is_prompt
 
-    def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
-        """Token ids of unequal length → input_ids and attention_mask (B, T_txt). Left for generation."""
-        length = max(len(row) for row in rows)
+    def pad(self, rows: Sequence[Sequence[int]], side: str = "right", least: int = 0) -> tuple[Tensor, Tensor]:
+        """Token ids of unequal length → input_ids and attention_mask (B, T_txt). Left for generation.
+
+        least: T_txt is at least this."""
+        length = max(least, *(len(row) for row in rows))
         input_ids = torch.full((len(rows), length), self.pad_token_id)
         attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -256,17 +299,3 @@ def pad_image_index(rows: Sequence[Sequence[int]]) -> Tensor:
     for i, row in enumerate(rows):
         index[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return index
-
-
-def _is_picture(value) -> bool:
-    return isinstance(value, (Image.Image, str, Path))
-
-
-def _opened(picture: Image.Image | str | Path) -> Image.Image:
-    """Raises InputError for a file that is no picture."""
-    if isinstance(picture, Image.Image):
-        return picture
-    try:
-        return open_picture(picture)
-    except Unusable as error:
-        raise InputError(f"{picture} {error}") from error

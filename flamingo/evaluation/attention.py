@@ -50,6 +50,20 @@ def resampler_weights(attn: PerceiverAttention, x: Tensor, latents: Tensor) -> T
     return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
+@contextmanager
+def recorded_cross_attention(model: Flamingo) -> Iterator[list[Tensor]]:
+    """Inside, a list that each cross-attention adds its weights (B, h, T_txt, T_img·n) to, computed a second time."""
+    recorded: list[Tensor] = []
+    look = lambda attn, inputs: recorded.append(cross_attention_weights(attn, *inputs))  # noqa: E731
+    layers = [layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()]
+    hooks = [attn.register_forward_pre_hook(look) for attn in layers]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @dataclass
 class Recorded:
     """text_to_latents: one (B, T_txt, T_img·n) a cross-attention layer. resampler: one (N, n, k + n) a layer. Means

@@ -15,14 +15,19 @@ class CheckpointedMixin:
     """For a `FlamingoLayer`."""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        if not (self.is_conditioned and torch.is_grad_enabled()):
+        if not (self.gradient_checkpointing and self.is_conditioned and torch.is_grad_enabled()):
             return super().forward(hidden_states, *args, **kwargs)
         # By the time the backward pass comes here again the conditioning is gone: it is handed over, not looked up.
         seen = (self.media_keys_values(), self.media_mask)
         return checkpoint(self.cross_attend_then_decode, hidden_states, *seen, *args, use_reentrant=False, **kwargs)
 
 
-def checkpoint_layers(model: VisionLanguageModel) -> None:
-    """Every decoder layer with its cross-attention. In place."""
+def checkpoint_layers(model: VisionLanguageModel, on: bool = True) -> None:
+    """Every decoder layer with its cross-attention. In place.
+
+    on: from now on, or as soon as `gradient_checkpointing` of the layers is set, which is transformers' way.
+    """
     for layer in model.lang_encoder._get_decoder_layers():
-        extend_instance(layer, CheckpointedMixin)
+        if not isinstance(layer, CheckpointedMixin):
+            extend_instance(layer, CheckpointedMixin)
+        layer.gradient_checkpointing = on

@@ -21,7 +21,7 @@ from flamingo.config import ModelConfig
 from flamingo.data.preprocess import Preprocess
 from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.errors import InputError
-from flamingo.files import fingerprint, resolve
+from flamingo.files import fingerprint, resolve, sample
 from flamingo.interop import compat
 from flamingo.model.build import build_from_parts
 from flamingo.model.vision import HuggingFaceClipEncoder, OpenClipEncoder, VisionEncoder
@@ -106,9 +106,10 @@ def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = Fal
 
 
 # ---------------------------------------------------------------------------------------------- the language model
-def load_language_model(name: str):
+def load_language_model(name: str, quantization=None):
     """A causal language model in float32 and its tokenizer, by Hugging Face id, folder, or `asset:…`.
 
+    quantization: one of transformers' quantization configs (4 or 8 bits a weight).
     Raises InputError when either cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,40 +120,54 @@ def load_language_model(name: str):
         folder_or_id = resolve(name)
         tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
         # The library's default dtype is that of the file: OPT would come as float16.
-        lm = AutoModelForCausalLM.from_pretrained(folder_or_id, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        options = {} if quantization is None else {"quantization_config": quantization}
+        lm = AutoModelForCausalLM.from_pretrained(folder_or_id, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load the language model {name}: {_first_line(error)}") from error
     return lm, tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------- all of it
 class Built(NamedTuple):
-    """config: the one it was built from, with the widths and fingerprints that were found."""
+    """config: the one it was built from, with the widths and fingerprints that were found. adapters: name → settings of
+    each LoRA that was loaded with it."""
 
     model: VisionLanguageModel
     processor: FlamingoProcessor
     config: ModelConfig
+    adapters: dict[str, dict] = {}  # noqa: RUF012
 
 
-def build_flamingo(config: ModelConfig) -> Built:
+def build_flamingo(config: ModelConfig, quantization=None) -> Built:
     """A model with fresh trained parts (seed torch first), and the processor that belongs to it.
 
+    quantization: of the language model, one of transformers' configs. Its fingerprint is then taken on trust.
     Raises InputError when a backbone cannot be loaded, has another width than the config says, or other weights than
     the config's fingerprint; or a library is too old or new.
     """
     compat.check_versions()
     vision, language = config.vision, config.language
     encoder = load_vision_encoder(vision.name, norm=vision.feature_norm, class_token=vision.class_token)
-    lm, tokenizer = load_language_model(language.name)
+    lm, tokenizer = load_language_model(language.name, quantization)
     found = dataclasses.replace(
         config,
         vision=_as_found("dim_visual", vision, encoder.dim, encoder.fingerprint),
-        language=_as_found("dim", language, lm.config.hidden_size, fingerprint(lm)),
+        language=_as_found(
+            "dim", language, lm.config.hidden_size, fingerprint(lm) if quantization is None else language.fingerprint
+        ),
     )
     add_flamingo_tokens(tokenizer)
     processor = FlamingoProcessor(tokenizer, encoder.preprocess)
     tokens = SpecialTokens(processor.media_token_id, processor.eoc_token_id, processor.pad_token_id)
-    return Built(build_from_parts(found, encoder, lm, tokens, encoder.dim), processor, found)
+    model = build_from_parts(found, encoder, lm, tokens, encoder.dim)
+    model.backbone_samples = _backbone_samples(model)
+    return Built(model, processor, found)
+
+
+def _backbone_samples(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """Name → sample of each tensor that comes from a backbone, by which a later save knows whether it is the same."""
+    added = {id(tensor) for part in (model.vision_tokenizer, *model.added_parts()) for tensor in part.parameters()}
+    return {name: sample(tensor) for name, tensor in model.named_parameters() if id(tensor) not in added}
 
 
 def _as_found(what: str, part, dim: int, weights: str):

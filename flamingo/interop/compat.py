@@ -21,7 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -182,6 +183,22 @@ def embedding_scale(embedding: nn.Embedding) -> float:
     return getattr(embedding, "embed_scale", 1.0)
 
 
+# ------------------------------------------------------------------------------------------ transformers: configs
+def general_settings() -> set[str]:
+    """What transformers, its Trainer or a user may set in any model's config, and what is written with it."""
+    generation = GenerationConfig().to_dict().keys()  # these have stood in configs, use_cache does again
+    return {*PreTrainedConfig().to_dict(), *generation, "tie_word_embeddings", "torch_dtype", "attn_implementation"}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def name_adapters(model: nn.Module, configs: dict) -> None:
+    """Let a `PreTrainedModel` know the adapters that are in it already, by name, as its `add_adapter` would have."""
+    model._hf_peft_config_loaded, model.peft_config = True, configs
+
+
 # --------------------------------------------------------------------------------------- transformers: attention
 def register_attention(name: str, attention: Callable) -> None:
     """Let language models call `attention` under this name, with the masks of sdpa."""
@@ -198,9 +215,42 @@ def set_attention(model: nn.Module, name: str) -> None:
     model.set_attn_implementation(name)
 
 
+@contextlib.contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, a language model computes attention in the one way that keeps the weights."""
+    name = attention_name(model)
+    try:
+        set_attention(model, "eager")
+        yield
+    finally:
+        set_attention(model, name)
+
+
+def requested_attention(config) -> str | None:
+    """What a config was given as `attn_implementation`, None if nothing."""
+    return config._attn_implementation
+
+
+def note_attention(config, name: str | None) -> None:
+    """Let a config say which attention its model uses."""
+    config._attn_implementation = name
+
+
 def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> Tensor:
     """transformers' own attention by torch: (B, h, T, c) each → (B, T, h, c)."""
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+
+
+# ----------------------------------------------------------------------------------- torch: default dtype
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new tensors are of this dtype, whatever a library has set for the model that it is building."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 # --------------------------------------------------------------------------------------------- torch: assertions
@@ -209,9 +259,10 @@ def check_values(holds: Tensor, mistake: Callable[[int], str]) -> None:
     not.
 
     To look at the values of a tensor on a GPU is to wait for all its work. There the GPU checks by itself, without a
-    wait, and its program ends with an assertion (torch's own, which is private).
+    wait, and its program ends with an assertion (torch's own, which is private). So it is in a traced or exported call,
+    where the values are not there yet.
     """
-    if holds.device.type == "cpu":
+    if holds.device.type == "cpu" and not torch.compiler.is_compiling():
         if not holds.all():
             raise ValueError(mistake(int((~holds).nonzero()[0, 0])))
     else:

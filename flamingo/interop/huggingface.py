@@ -13,28 +13,43 @@ everything else through:
 It is registered with AutoConfig, AutoModelForImageTextToText and AutoProcessor when this file is imported.
 """
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flamingo.data.processor import MEDIA_TOKEN, FlamingoProcessor
+from flamingo.config import to_flat
+from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
-from flamingo.files import find_folder
+from flamingo.evaluation.attention import recorded_cross_attention
+from flamingo.fast.checkpointing import checkpoint_layers
 from flamingo.interop import compat
+from flamingo.interop.adapters import add_adapter
 from flamingo.interop.backbones import Built, build_flamingo
 from flamingo.interop.huggingface_config import FlamingoConfig
-from flamingo.interop.selfcheck import check_decoding
+from flamingo.interop.huggingface_generation import Generate
+from flamingo.interop.huggingface_loading import LoadAndSave
+from flamingo.model.cross_attention import Images
 from flamingo.model.language_model import FlamingoLayer
-from flamingo.training.checkpoint import load_model, save_model
+from flamingo.model.vlm import next_tokens
 
 
-class FlamingoModel(PreTrainedModel, GenerationMixin):
+@dataclass
+class TextSoFar:
+    """What the tokens in a cache have seen, kept with the cache, for the next call may bring neither pictures nor
+    <image>. media_locations: (B, tokens read) bool."""
+
+    images: Images | None
+    media_locations: Tensor
+
+
+class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
     """A Flamingo with the methods of a Hugging Face model.
 
     `FlamingoModel(config)` loads the two frozen backbones by name and makes fresh trained parts;
@@ -44,42 +59,49 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
     """
 
     config_class = FlamingoConfig
-    base_model_prefix = "flamingo"
+    base_model_prefix = "model"  # there is none: `flamingo` has no head of its own to do without
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # if the language model does
+    _no_split_modules = ("FlamingoLayer", "PerceiverResampler")
 
     def __init__(self, config: FlamingoConfig | None, built: Built | None = None):
-        """built: a model that is there already, with its own config; the config given is then not read."""
-        built = built or build_flamingo(config.model_config())
-        super().__init__(FlamingoConfig.of_model_config(built.config))
+        """built: a model that is there already; of the config given only what is no architecture is then read."""
+        wanted_dtype, attention = torch.get_default_dtype(), config and compat.requested_attention(config)
+        if built is None:
+            with compat.default_dtype(torch.float32):  # in which backbones are compared with their fingerprints
+                built = build_flamingo(config.model_config())
+        config = FlamingoConfig() if config is None else copy.deepcopy(config)
+        for name, value in to_flat(built.config).items():
+            setattr(config, name, value)
+        config.pad_token_id, config.eos_token_id = built.model.pad_token_id, built.model.eoc_token_id
+        config.architectures = ["FlamingoModel"]
+        compat.note_attention(config, compat.attention_name(built.model.lang_encoder))
+        super().__init__(config)
         self.flamingo, self.processor = built.model, built.processor
+        self.generation_config = self.flamingo.lang_encoder.generation_config
+        checkpoint_layers(self.flamingo, on=False)  # until `gradient_checkpointing_enable`
+        self.take_checkpoints_by_either_name()
+        self.post_init()
         self._decodes_rightly = False  # not checked yet
+        if attention is not None:
+            self.set_attn_implementation(attention)
+        if wanted_dtype != torch.float32:
+            self.to(wanted_dtype)
 
-    # ------------------------------------------------------------------------------------------ load and save
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *_, dtype=None, device_map=None, **options
-    ) -> "FlamingoModel":
-        """The model of a run folder, or of a repository on the hub.
+    def init_weights(self) -> None:
+        """transformers calls this when a model is built: all weights have their values already."""
+        of_lm = getattr(self.flamingo.lang_encoder, "all_tied_weights_keys", {})
+        prefix = "flamingo.lang_encoder."
+        self.all_tied_weights_keys = {f"{prefix}{one}": f"{prefix}{other}" for one, other in of_lm.items()}
 
-        dtype: of all weights; float32 if not given. device_map: one device, such as "cuda"; a model this small is not
-        spread over several. options: revision, token, cache_dir and local_files_only of a hub.
-        Raises InputError when there is no such folder, a file is damaged, or a backbone is not the right one.
-        """
-        if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            raise InputError(f"device_map={device_map!r}: name one device, such as 'cuda'")
-        built = load_model(find_folder(pretrained_model_name_or_path, options))
-        model = cls(None, built).eval()
-        model = model if device_map is None else model.to(device_map)
-        return model if dtype in (None, "auto") else model.to(dtype)
-
-    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **hub_options) -> None:
-        """Write config, trained tensors (nothing frozen), tokenizer and preprocessing: what `from_pretrained` reads."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.flamingo, self.processor, self.config.model_config())
-        if push_to_hub:
-            self.push_to_hub(hub_options.pop("repo_id", folder.name), **hub_options)
+    def set_attn_implementation(self, attn_implementation: str, **options) -> None:
+        """The attention of the backbones (the vision encoder's only if it is transformers' own): sdpa, eager, …"""
+        for part in (self.flamingo.lang_encoder, *self.flamingo.vision_encoder.children()):
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation(attn_implementation, **options)
+        compat.note_attention(self.config, compat.attention_name(self.flamingo.lang_encoder))
 
     # --------------------------------------------------------------------------------------------- what trains
     def freeze_vm(self) -> None:
@@ -98,6 +120,23 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
         self.flamingo.train_language_model(trains)
         self.config.freeze_language_model = not trains
 
+    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
+        """LoRA beside frozen matrices; what trains goes on training. (transformers' own method freezes it, and refuses
+        some versions of peft that work.) Raises ValueError for a name that is taken."""
+        known = getattr(self, "peft_config", {})
+        if adapter_name in known:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: give the new one another name")
+        add_adapter(self.flamingo, adapter_name, adapter_config)
+        compat.name_adapters(self, known | {adapter_name: adapter_config})
+
+    def train(self, mode: bool = True) -> "FlamingoModel":
+        """Frozen parts stay in eval mode; the dropout of a LoRA adapter inside them does not."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
     def parameters_trainable(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.flamingo.parameters() if parameter.requires_grad)
 
@@ -111,6 +150,15 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.flamingo.lang_encoder.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.flamingo.lang_encoder.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *_, **__) -> None:
+        raise InputError("the vocabulary is that of the frozen language model: resize that, and name the new one")
 
     def get_output_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_output_embeddings()
@@ -162,6 +210,8 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
             pixel_values = self._six_dimensional(pixel_values, texts)
         if image_index is None and visual_features is not None and len(visual_features) != texts:
             raise ValueError(f"pictures for {len(visual_features)} texts, but {texts} texts")
+        if visual_features is not None:
+            visual_features = visual_features.to(next(self.flamingo.vision_tokenizer.parameters()).dtype)
         images = {"pixel_values": pixel_values, "latents": visual_features, "image_index": image_index}
         return {name: value for name, value in images.items() if value is not None} or {"blind": True}
 
@@ -179,95 +229,85 @@ class FlamingoModel(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **lm_options,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, T_txt, vocabulary) of the next token, and the mean loss if there are labels.
 
         Args:
             input_ids, attention_mask, labels: (B, T_txt); labels are -100 where there is no loss.
             inputs_embeds: (B, T_txt, D) in place of input_ids, with media_locations.
             media_locations: (B, T_txt) bool; at the <image> tokens if not given. With a cache, of the whole
-                text so far.
-            pixel_values: see `encode_resample_visuals`; visual_features: what it returns. Neither: no pictures.
+                text so far; if not given, where the pictures of earlier calls were.
+            pixel_values: see `encode_resample_visuals`; visual_features: what it returns. Neither: no pictures, or with
+                a cache those of earlier calls.
             image_index: (B, T_img); pixel_values or visual_features are then a bank (N, …), see `Flamingo`.
             cache, or past_key_values, its name before transformers 5.24: keys and values of the text so far.
-            use_cache, lm_options (output_hidden_states, …): the language model's own.
+            output_attentions: `.attentions` of the language model, a (B, h, T_txt, T_txt) for each layer, and
+                `.cross_attentions` (B, h, T_txt, T_img·n) for each layer that looks at pictures. (The language model
+                is then computed by attn_implementation="eager", for no other keeps them.)
+            return_dict: False gives a tuple, the loss first.
+            num_items_in_batch: labelled tokens of all batches whose gradients are added up, by which the Trainer wants
+                the loss to be divided.
+            use_cache, lm_options: the language model's own.
         """
-        texts = len(inputs_embeds if input_ids is None else input_ids)
-        cache = compat.cache_argument(self.flamingo.lang_encoder, past_key_values if cache is None else cache)
-        return self.flamingo(
-            input_ids, attention_mask, labels, media_locations=media_locations, inputs_embeds=inputs_embeds,
-            **self._images(texts, pixel_values, visual_features, image_index), **cache, use_cache=use_cache,
-            **lm_options,
-        )  # fmt: skip
+        lm, config = self.flamingo.lang_encoder, self.config
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if use_cache is None:  # while a loss is computed nobody reads on
+            use_cache = config.use_cache and labels is None and not self.training
+        tokens, past = inputs_embeds if input_ids is None else input_ids, past_key_values if cache is None else cache
+        images = self._images(len(tokens), pixel_values, visual_features, image_index)
+        so_far = self._text_so_far(tokens, media_locations, images, past)
+        with ExitStack() as stack:
+            text = (input_ids, attention_mask, so_far.media_locations, labels, inputs_embeds)
+            text = stack.enter_context(self.flamingo.reading(so_far.images, *text))
+            weights = []
+            if attentions:
+                stack.enter_context(compat.eager_attention(lm))
+                weights = stack.enter_context(recorded_cross_attention(self.flamingo))
+            output = self.flamingo.predict(
+                text, use_cache=use_cache, output_attentions=attentions, output_hidden_states=hidden,
+                return_dict=True, **compat.cache_argument(lm, past), **lm_options,
+            )  # fmt: skip
+        if labels is not None and num_items_in_batch is not None:
+            output.loss = output.loss * (next_tokens(labels) != -100).sum() / num_items_in_batch
+        output = type(output)(**output)  # in its own order, the loss first
+        if use_cache and so_far.media_locations is not None:
+            compat.cache_of(output).text_so_far = so_far
+        if weights:
+            output["cross_attentions"] = tuple(weights)
+        as_dict = config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        media_locations: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        visual_features: Tensor | None = None,
-        image_index: Tensor | None = None,
-        **generation_options,
-    ) -> Tensor:
-        """Continue texts, prompt included: `Flamingo.generate` with the arguments of `forward`."""
-        images = self._images(len(input_ids), pixel_values, visual_features, image_index)
-        return self.flamingo.generate(
-            input_ids, attention_mask, media_locations=media_locations, **images, **generation_options
-        )
+    def _text_so_far(
+        self, tokens: Tensor, media_locations: Tensor | None, images: dict, past: Cache | None
+    ) -> TextSoFar:
+        """The pictures of a text up to and including this call, and where they are in it.
 
-    def compute_transition_scores(self, *args, **options) -> Tensor:
-        """Log-probability of each generated token: the language model's, which knows how many tokens there are."""
-        return self.flamingo.lang_encoder.compute_transition_scores(*args, **options)
-
-    def generate_captions(
-        self,
-        processor: FlamingoProcessor,
-        images: Image.Image | Sequence[Image.Image] | None = None,
-        pixel_values: Tensor | None = None,
-        prompt: str = MEDIA_TOKEN,
-        **generation_options,
-    ) -> list[str]:
-        """One caption for each picture (with num_return_sequences=k, k for each, side by side).
-
-        images: PIL pictures or files. pixel_values: (N, C, H, W) or (N, F, C, H, W) instead. prompt: with one <image>;
-        it is not part of what comes back.
+        tokens: (B, T_txt) or (B, T_txt, D) of this call; images: what was given with it, for `prepare_images`.
         """
-        if (images is None) == (pixel_values is None):
-            raise ValueError("give images or pixel_values, one of them")
-        if prompt.count(MEDIA_TOKEN) != 1:
-            raise ValueError(f"the prompt {prompt!r} must have exactly one {MEDIA_TOKEN}: each picture has a text")
-        if not self._decodes_rightly:
-            check_decoding(self.flamingo)
-            self._decodes_rightly = True
-        if pixel_values is None:
-            pixel_values = processor.preprocess_images(images)
-        elif pixel_values.ndim == 4:
-            pixel_values = rearrange(pixel_values, "N C H W -> N 1 C H W")
-        text = processor.encode_text([prompt] * len(pixel_values)).to(self.device)
-        generated = self.generate(
-            **text, pixel_values=pixel_values.to(self.device, self.dtype)[:, None], **generation_options
-        )
-        return processor.decode_captions(generated, text["input_ids"].shape[1])
-
-    def score_sequences(
-        self,
-        input_ids: Tensor,
-        candidates: Sequence[Sequence[int]],
-        attention_mask: Tensor | None = None,
-        media_locations: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        visual_features: Tensor | None = None,
-        image_index: Tensor | None = None,
-        mean: bool = False,
-    ) -> Tensor:
-        """Log-likelihood (B, K) of K candidate continuations: `Flamingo.score_sequences` with these arguments."""
-        images = self._images(len(input_ids), pixel_values, visual_features, image_index)
-        return self.flamingo.score_sequences(
-            input_ids, candidates, attention_mask, media_locations=media_locations, mean=mean, **images
-        )
+        read, before = compat.tokens_read(past), getattr(past, "text_so_far", None)
+        ids = tokens if tokens.ndim == 2 else None
+        if not read:
+            if media_locations is None and ids is not None:
+                media_locations = ids == self.flamingo.media_token_id
+            return TextSoFar(self.flamingo.prepare_images(**images), media_locations)
+        if before is None:  # a cache from elsewhere: if there are pictures, only media_locations say where
+            return TextSoFar(self.flamingo.prepare_images(**images), media_locations)
+        if media_locations is None or media_locations.shape[1] < read + tokens.shape[1]:
+            new = (
+                torch.zeros_like(tokens[..., 0], dtype=torch.bool)
+                if ids is None
+                else ids == self.flamingo.media_token_id
+            )
+            earlier = before.media_locations.repeat_interleave(len(tokens) // len(before.media_locations), dim=0)
+            media_locations = torch.cat([earlier[:, :read], new], dim=1)
+        seen = before.images if images == {"blind": True} else self.flamingo.prepare_images(**images)
+        return TextSoFar(seen, media_locations)
 
 
 AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig, exist_ok=True)

@@ -4,10 +4,13 @@ Its fields are made of the table in flamingo/config.py, so that none is written 
 """
 
 import dataclasses
+import functools
 
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from flamingo.config import FLAT, ModelConfig, from_flat, paths, to_flat
+from flamingo.files import resolve
 
 
 def _field_types() -> dict[str, type]:
@@ -30,6 +33,19 @@ def _of_model_config(cls, config: ModelConfig) -> "FlamingoConfig":
     return cls(**to_flat(config))
 
 
+def _text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+    """The language model's config, where transformers looks for the size of the vocabulary and of the hidden states."""
+    try:
+        return _config_of_language_model(self.lm)
+    except OSError:  # a config without its language model at hand
+        return self
+
+
+@functools.cache
+def _config_of_language_model(name: str) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(resolve(name))
+
+
 _DEFAULTS = paths(ModelConfig())
 FlamingoConfig = type(
     "FlamingoConfig",
@@ -37,8 +53,12 @@ FlamingoConfig = type(
     {
         "__module__": __name__,
         "__doc__": "The architecture, flat. What each field means: flamingo/config.py.",
-        "__annotations__": _field_types(),
+        "__annotations__": _field_types() | {"use_cache": bool, "pad_token_id": int | None, "eos_token_id": int | None},
         **{name: _DEFAULTS[path] for name, path in FLAT.items()},
+        "use_cache": True,  # and the ids of the tokenizer, which the model fills in
+        "pad_token_id": None,
+        "eos_token_id": None,
+        "get_text_config": _text_config,
         "model_type": "flamingo",
         "model_config": _model_config,
         "of_model_config": classmethod(_of_model_config),

@@ -1,6 +1,7 @@
 """From a config and two live backbones to a model: the table of parts."""
 
 from torch import nn
+from transformers import GenerationConfig
 
 from flamingo.config import ModelConfig
 from flamingo.errors import InputError
@@ -25,9 +26,19 @@ def build_from_parts(
     model_class = _named("fusion_type", config.fusion_type, FUSIONS)
     tokenizer = tokenizer_class(dim=dim_visual, **vars(config.tokenizer))
     model = model_class(vision_encoder, tokenizer, lang_encoder, tokens, config)
+    lang_encoder.generation_config = generation_config(tokens)
     if not config.language.freeze:
         model.train_language_model(True)
     return model
+
+
+def generation_config(tokens: SpecialTokens) -> GenerationConfig:
+    """How a text is continued unless `generate` is told otherwise: the likeliest token each time, until <|endofchunk|>;
+    <image> and padding are never generated."""
+    return GenerationConfig(
+        do_sample=False, eos_token_id=tokens.eoc, pad_token_id=tokens.pad,
+        suppress_tokens=sorted({tokens.image, tokens.pad}),
+    )  # fmt: skip
 
 
 def _named(setting: str, name: str, table: dict):

@@ -19,9 +19,10 @@ class TextGeneration:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         media_locations: Tensor | None = None,
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
@@ -33,24 +34,23 @@ class TextGeneration:
     ) -> Tensor:
         """Continue texts: (B, T_txt) → (B, longer), the prompt included. Prompts are padded on the left.
 
+        inputs_embeds: (B, T_txt, D) in place of the ids, with media_locations; no prompt is in what comes back then.
         pixel_values … blind: see `prepare_images`.
-        generation_options: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, …). A text ends
-        at <|endofchunk|>; <image> and padding are never generated.
+        generation_options: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, …). What they leave
+        open stands in the language model's `generation_config` (build.py); 32 tokens if nothing says how many.
 
         Raises ValueError before the first step if prompt and new tokens need more positions than there are.
         """
-        options = {
-            "eos_token_id": self.eoc_token_id,
-            "pad_token_id": self.pad_token_id,
-            "suppress_tokens": sorted({self.media_token_id, self.pad_token_id}),
-        } | generation_options
-        if "generation_config" not in options:  # which says for itself how to choose and how long to go on
-            options.setdefault("do_sample", False)
-            if "max_length" not in options:
-                options.setdefault("max_new_tokens", 32)
-        self.check_room(input_ids.shape[1] + (options.get("max_new_tokens") or 0))
+        options = dict(generation_options)
+        config = options.get("generation_config") or self.lang_encoder.generation_config
+        lengths = [options.get("max_new_tokens"), options.get("max_length"), config.max_new_tokens, config.max_length]
+        if not any(lengths) and "generation_config" not in options:  # which would say for itself how long to go on
+            lengths[0] = options["max_new_tokens"] = 32
+        tokens = inputs_embeds if input_ids is None else input_ids
+        self.check_room(tokens.shape[1] + (lengths[0] or lengths[2] or 0))
         images = self.prepare_images(pixel_values, features, latents, image_index, texts_per_image, blind)
-        with self.reading(images, input_ids, attention_mask, media_locations, generating=True) as text:
+        text = (input_ids, attention_mask, media_locations, None, inputs_embeds)
+        with self.reading(images, *text, generating=True) as text:
             return self.lang_encoder.generate(**text.inputs(), **options)
 
     def check_room(self, length: int) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flamingo.config import CrossAttentionConfig, layers_with_cross_attention
 from flamingo.interop import compat
+from flamingo.interop.threads import one_at_a_time
 from flamingo.model.cross_attention import (
     GatedCrossAttentionBlock,
     Images,
@@ -34,7 +35,9 @@ from flamingo.model.cross_attention import (
 def extend_instance(obj: nn.Module, mixin: type) -> None:
     """Give a live object the abilities of `mixin`: its class becomes a new one, made of the mixin and its old class."""
     base = type(obj)
-    body = {"__module__": mixin.__module__, "__doc__": base.__doc__}
+    made_of = (*getattr(base, "made_of", (base,)), mixin)  # the original class and its mixins, the first one first
+    body = {"__module__": mixin.__module__, "__doc__": base.__doc__, "made_of": made_of}
+    body["__reduce_ex__"] = lambda self, protocol: (_made_again, made_of, self.__getstate__())
     if "forward" in vars(mixin):
 
         @functools.wraps(base.forward)  # transformers reads forward's signature to learn what generate() may pass
@@ -44,6 +47,14 @@ def extend_instance(obj: nn.Module, mixin: type) -> None:
         body["forward"] = forward
     name = mixin.__name__.removesuffix("Mixin").removesuffix("LM")
     obj.__class__ = type(f"{name}{base.__name__}", (mixin, base), body)
+
+
+def _made_again(original: type, *mixins: type) -> nn.Module:
+    """For pickle and copy, which look for a class by its name and would not find the new one."""
+    obj = original.__new__(original)
+    for mixin in mixins:
+        extend_instance(obj, mixin)
+    return obj
 
 
 class FlamingoLayer(nn.Module):
@@ -80,16 +91,14 @@ class FlamingoLayer(nn.Module):
         if self.vis_x is None:
             return None
         keys_values = self.keys_values or self.gated_cross_attn_layer.attn.project_media(self.vis_x)
-        if self.use_cached_media:
-            self.keys_values = keys_values
+        self.keys_values = keys_values if self.use_cached_media else None
         return keys_values
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         """hidden_states (B, T_txt, D); all else, and what comes back, is the decoder layer's own business."""
         if not self.is_conditioned:
             return self.decoder_layer(hidden_states, *args, **kwargs)
-        keys_values = self.media_keys_values()
-        return self.cross_attend_then_decode(hidden_states, keys_values, self.media_mask, *args, **kwargs)
+        return self.cross_attend_then_decode(hidden_states, self.media_keys_values(), self.media_mask, *args, **kwargs)
 
     def cross_attend_then_decode(self, hidden_states, keys_values, media_mask, *args, **kwargs):
         hidden_states = self.gated_cross_attn_layer(hidden_states, keys_values, media_mask)
@@ -107,13 +116,9 @@ class FlamingoLMMixin:
     """What a causal language model can do once extended. Call `init_flamingo` first."""
 
     def init_flamingo(
-        self,
-        *,
-        media_token_id: int,
-        dim_visual: int,
-        config: CrossAttentionConfig | None = None,
+        self, *, media_token_id: int, dim_visual: int, config: CrossAttentionConfig | None = None,
         decoder_layers_attr_name: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Freeze the model and wrap its layers.
 
         Args:
@@ -127,10 +132,9 @@ class FlamingoLMMixin:
         self.media_token_id, self.only_immediate_media = media_token_id, config.only_immediate_media
         _, layers = compat.find_decoder_layers(self, decoder_layers_attr_name)
         chosen = layers_with_cross_attention(len(layers), config.every, config.placement)
+        dim = self.config.hidden_size
         for i in chosen:
-            block = GatedCrossAttentionBlock(
-                dim=self.config.hidden_size, dim_visual=dim_visual, **config.block_settings()
-            )
+            block = GatedCrossAttentionBlock(dim=dim, dim_visual=dim_visual, **config.block_settings())
             layers[i] = FlamingoLayer(block, layers[i])
         self._flamingo_layers = tuple(layers[i] for i in chosen)  # to look for them takes a millisecond a call
         self.clear_conditioned_layers()
@@ -162,8 +166,7 @@ class FlamingoLMMixin:
 
     def clear_conditioned_layers(self) -> None:
         """Forget all pictures: the model is the plain language model again."""
-        self._images = self._media_locations = None
-        self._images_read: Tensor | None = None  # (B,) <image> tokens of each text in earlier calls
+        self._images = self._media_locations = self._images_read = None  # read: (B,) <image> tokens in earlier calls
         self._is_generating, self._tokens_read = False, 0  # of each text, in earlier calls of a generation
         for layer in self._get_decoder_layers():
             layer.clear_conditioned()
@@ -216,8 +219,7 @@ class FlamingoLMMixin:
             media_mask = media_attention_mask(media_locations, image_index, self.only_immediate_media)
             media_mask.sees_image = media_mask.sees_image[:, end - length : end]  # of the tokens of this call
             media_mask.mask = None if media_mask.mask is None else media_mask.mask[:, end - length : end]
-        if images.texts_per_image is not None:
-            media_mask.texts_per_image = images.texts_per_image * beams
+        media_mask.texts_per_image = images.texts_per_image and images.texts_per_image * beams
         return media_mask
 
 
@@ -229,6 +231,6 @@ class CrossAttentionFusion:
 
     @contextmanager
     def __call__(self, images: Images | None, text, generating: bool = False) -> Iterator:
-        """Inside, the language model sees the pictures; what it is called with is `text`, unchanged."""
-        with self.lm.conditioned(images, text.media_locations, generating=generating):
+        """Inside, the language model sees the pictures (its layers hold them: another thread has to wait)."""
+        with one_at_a_time(self.lm), self.lm.conditioned(images, text.media_locations, generating=generating):
             yield text

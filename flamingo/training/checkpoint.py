@@ -1,45 +1,128 @@
 """What a run folder holds, and how it gets there whole.
 
     config.json          the architecture, the names of the frozen backbones and fingerprints of their weights
-    model.safetensors    the trained tensors, nothing frozen, nothing pickled
+    model.safetensors    all that the model has beside its named backbones, nothing pickled (if very large, several
+                         files and an index, as transformers has them)
     tokenizer…           the tokenizer with its two added tokens
     preprocessor_config.json   how pictures are prepared
 
 Every file is written beside its place and then renamed into it (files.py).
+
+What this file teaches: what to write must not depend on a flag that happens to be set (`requires_grad`), or weights are
+lost without a word. A backbone is left out because it is found again by its name, and only as long as it is the same.
 """
 
 import sys
 from pathlib import Path
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.configuration_utils import PreTrainedConfig
 
 from flamingo.config import ModelConfig, from_flat, to_flat
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
-from flamingo.files import read_json, write_atomically, write_json
+from flamingo.fast.onednn import PackedLinear
+from flamingo.files import read_json, sample, write_atomically, write_json
+from flamingo.interop import compat
+from flamingo.interop.adapters import add_adapter, config_of, name_without_adapter
 from flamingo.interop.backbones import Built, build_flamingo
 from flamingo.model.vlm import VisionLanguageModel
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "flamingo"
+ADAPTERS = "adapters"  # in config.json: the settings of each LoRA, as peft has them
+GENERAL = compat.general_settings() | {"model_type", ADAPTERS}  # what a config.json may hold beside the architecture
 
 
-def save_model(folder: Path, model: VisionLanguageModel, processor: FlamingoProcessor, config: ModelConfig) -> None:
-    """Write config, trained tensors and tokenizer into `folder`."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.trainable_state_dict().items()}
-    write_atomically(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    write_json(folder / "config.json", {"model_type": MODEL_TYPE, **dict(sorted(to_flat(config).items()))})
+# ----------------------------------------------------------------------------------------------- what is written
+def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Name → tensor of all that is not found again by the backbones' names: what was added, what trains, and a
+    backbone that has changed since it was loaded (it was trained and then frozen, or LoRA was merged into it).
+
+    tensors: to choose from, in place of the model's own. Raises InputError for a model that was prepared to generate:
+    its own matrices have been rearranged.
+    """
+    own_parts = (model.vision_tokenizer, model.lang_encoder)
+    if any(isinstance(module, PackedLinear) for part in own_parts for module in part.modules()):
+        raise InputError("the model was prepared to generate and can no longer be saved: save it before")
+    loaded = getattr(model, "backbone_samples", {})  # a model built from live parts has no named backbones
+    tensors = {name: (tensors or {}).get(name, tensor).detach() for name, tensor in model.named_parameters()}
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: loaded.get(name_without_adapter(name)) for name in tensors}
+    changed = {
+        name.partition(".")[0] for name, old in before.items() if old is not None and not _same(old, tensors[name])
+    }
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if before[name] is None or name in trains or name.partition(".")[0] in changed
+    }
+
+
+def _same(old: Tensor, tensor: Tensor) -> bool:
+    """Does a tensor still have the sample it had, whatever dtype it has been cast to since?"""
+    now = sample(tensor)
+    return now.shape == old.shape and bool((now == old.to(now.dtype)).all())
+
+
+def save_model(
+    folder: Path, model: VisionLanguageModel, processor: FlamingoProcessor, config: ModelConfig, *,
+    tensors: dict[str, Tensor] | None = None, general: dict | None = None, max_shard_size: int | str = "50GB",
+) -> None:  # fmt: skip
+    """Write config, tensors and tokenizer into `folder`.
+
+    tensors: in place of `own_tensors`. general: what else stands in config.json. max_shard_size: of one file.
+    """
+    _write_weights(folder, own_tensors(model) if tensors is None else tensors, max_shard_size)
+    write_json(
+        folder / "config.json", {"model_type": MODEL_TYPE, **dict(sorted(to_flat(config).items())), **(general or {})}
+    )
     processor.save_pretrained(folder)
 
 
+def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> None:
+    """One file, or several and an index; those of an earlier save that no longer belong to it are removed last."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        some = {name: tensors[name] for name in names}
+        write_atomically(folder / file, lambda path, some=some: save_file(some, path, metadata={"format": "pt"}))
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for file in (folder / WEIGHTS, *folder.glob("model-*-of-*.safetensors")):
+        if file.name not in split.filename_to_tensors:
+            file.unlink(missing_ok=True)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """What `_write_weights` wrote. Raises InputError for a missing or damaged file."""
+    files = [WEIGHTS]
+    if (folder / INDEX).exists():
+        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(folder / file)
+        except FileNotFoundError:
+            raise InputError(f"{folder} is no finished run: it has no {file}") from None
+        except SafetensorError as error:
+            raise InputError(f"{folder / file} is damaged: {error}") from None
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------- what is read
 def load_trained(model: VisionLanguageModel, tensors: dict[str, Tensor], where: str) -> None:
-    """Put trained tensors into a freshly built model. Raises InputError if names or shapes are not exactly its own."""
-    own = model.trainable_state_dict()
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    other_shape = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    """Put saved tensors into a freshly built model. Raises InputError if one of its own is missing, one is unknown, or
+    of another shape. (Those of a backbone that is no longer the named one may be among them.)"""
+    every = dict(model.named_parameters())
+    missing, unknown = sorted(own_tensors(model).keys() - tensors.keys()), sorted(tensors.keys() - every.keys())
+    other_shape = [name for name in every.keys() & tensors.keys() if every[name].shape != tensors[name].shape]
     if missing or unknown or other_shape:
         example = (missing or unknown or other_shape)[0]
         raise InputError(
@@ -54,33 +137,31 @@ def read_config(folder: Path) -> ModelConfig:
     settings = read_json(folder / "config.json")
     if settings.get("model_type") != MODEL_TYPE:
         raise InputError(f"{folder}/config.json describes a {settings.get('model_type')!r}, not a flamingo")
-    general = PreTrainedConfig().to_dict().keys() | {"model_type"}  # what transformers writes into every config
     try:
-        return from_flat({name: value for name, value in settings.items() if name not in general})
+        return from_flat({name: value for name, value in settings.items() if name not in GENERAL})
     except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
 
 
-def load_model(folder: str | Path) -> Built:
-    """Rebuild the model of a run folder: backbones by name, trained tensors from the file.
+def load_model(folder: str | Path, config: ModelConfig | None = None, quantization=None) -> Built:
+    """Rebuild the model of a run folder: backbones by name, all else from its file.
 
+    config: in place of the folder's. quantization: of the language model, see `build_flamingo`.
     Raises InputError when the folder is no run, a file is damaged, or a backbone is not the one it was trained with.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
-    config = read_config(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no finished run: it has no {WEIGHTS}") from None
-    except SafetensorError as error:
-        raise InputError(f"{folder / WEIGHTS} is damaged: {error}") from None
-    built = build_flamingo(config)
+    config = config or read_config(folder)
+    tensors = read_weights(folder)
+    built = build_flamingo(config, quantization)
+    adapters = read_json(folder / "config.json").get(ADAPTERS, {})
+    for name, settings in adapters.items():
+        add_adapter(built.model, name, config_of(settings))
     load_trained(built.model, tensors, str(folder / WEIGHTS))
     print(
         f"{folder}: {len(tensors)} trained tensors loaded, beside {config.language.name} and {config.vision.name}",
         file=sys.stderr,
     )
     built.model.eval()
-    return built
+    return built._replace(adapters=adapters)

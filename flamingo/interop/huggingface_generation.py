@@ -1,0 +1,110 @@
+"""What a FlamingoModel says: continuations, captions, and how likely each of several answers is.
+
+What this file teaches: to generate is the language model's own business, with every strategy that transformers has. The
+pictures are laid beside it for the whole of a `generate`, an assistant's beside the assistant, and defaults that a user
+sets in `model.generation_config` are the ones it reads.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flamingo.data.processor import MEDIA_TOKEN, FlamingoProcessor
+from flamingo.interop.selfcheck import check_decoding
+
+
+class Generate:
+    """Methods of `FlamingoModel` (huggingface.py)."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        media_locations: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        **generation_options,
+    ) -> Tensor:
+        """Continue texts, prompt included: `Flamingo.generate` with the arguments of `forward`.
+
+        What generation_options leave open stands in `generation_config`. assistant_model: a language model with the
+        same tokens, or another FlamingoModel, which sees the same pictures.
+        """
+        if input_ids is None:
+            input_ids = generation_options.pop("inputs", None)
+        images = self._images(
+            len(inputs_embeds if input_ids is None else input_ids), pixel_values, visual_features, image_index
+        )
+        self.flamingo.lang_encoder.generation_config = self.generation_config
+        if media_locations is None and input_ids is not None:
+            media_locations = input_ids == self.flamingo.media_token_id
+        with ExitStack() as stack:
+            if isinstance(assistant_model, Generate):
+                helper = assistant_model.flamingo
+                seen = helper.prepare_images(**images)
+                stack.enter_context(helper.reading(seen, input_ids, None, media_locations, generating=True))
+                assistant_model = helper.lang_encoder
+            return self.flamingo.generate(
+                input_ids, attention_mask, inputs_embeds=inputs_embeds, media_locations=media_locations, **images,
+                **({} if assistant_model is None else {"assistant_model": assistant_model}), **generation_options,
+            )  # fmt: skip
+
+    def compute_transition_scores(self, *args, **options) -> Tensor:
+        """Log-probability of each generated token: the language model's, which knows how many tokens there are."""
+        return self.flamingo.lang_encoder.compute_transition_scores(*args, **options)
+
+    def generate_captions(
+        self,
+        processor: FlamingoProcessor,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        pixel_values: Tensor | None = None,
+        prompt: str = MEDIA_TOKEN,
+        **generation_options,
+    ) -> list[str]:
+        """One caption for each picture (with num_return_sequences=k, k for each, side by side).
+
+        images: PIL pictures or files. pixel_values: (N, C, H, W) or (N, F, C, H, W) instead. prompt: with one <image>;
+        it is not part of what comes back.
+        """
+        if (images is None) == (pixel_values is None):
+            raise ValueError("give images or pixel_values, one of them")
+        if prompt.count(MEDIA_TOKEN) != 1:
+            raise ValueError(f"the prompt {prompt!r} must have exactly one {MEDIA_TOKEN}: each picture has a text")
+        if not self._decodes_rightly:
+            check_decoding(self.flamingo)
+            self._decodes_rightly = True
+        if pixel_values is None:
+            pixel_values = processor.preprocess_images(images)
+        elif pixel_values.ndim == 4:
+            pixel_values = rearrange(pixel_values, "N C H W -> N 1 C H W")
+        text = processor.encode_text([prompt] * len(pixel_values)).to(self.device)
+        generated = self.generate(
+            **text, pixel_values=pixel_values.to(self.device, self.dtype)[:, None], **generation_options
+        )
+        return processor.decode_captions(generated, text["input_ids"].shape[1])
+
+    def score_sequences(
+        self,
+        input_ids: Tensor,
+        candidates: Sequence[Sequence[int]],
+        attention_mask: Tensor | None = None,
+        media_locations: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        mean: bool = False,
+    ) -> Tensor:
+        """Log-likelihood (B, K) of K candidate continuations: `Flamingo.score_sequences` with these arguments."""
+        images = self._images(len(input_ids), pixel_values, visual_features, image_index)
+        return self.flamingo.score_sequences(
+            input_ids, candidates, attention_mask, media_locations=media_locations, mean=mean, **images
+        )
