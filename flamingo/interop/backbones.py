@@ -129,13 +129,11 @@ def load_language_model(name: str, quantization=None):
 
 # ----------------------------------------------------------------------------------------------------- all of it
 class Built(NamedTuple):
-    """config: the one it was built from, with the widths and fingerprints that were found. adapters: name → settings of
-    each LoRA that was loaded with it."""
+    """config: the one it was built from, with the widths and fingerprints that were found."""
 
     model: VisionLanguageModel
     processor: FlamingoProcessor
     config: ModelConfig
-    adapters: dict[str, dict] = {}  # noqa: RUF012
 
 
 def build_flamingo(config: ModelConfig, quantization=None) -> Built:

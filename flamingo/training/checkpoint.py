@@ -155,8 +155,7 @@ def load_model(folder: str | Path, config: ModelConfig | None = None, quantizati
     config = config or read_config(folder)
     tensors = read_weights(folder)
     built = build_flamingo(config, quantization)
-    adapters = read_json(folder / "config.json").get(ADAPTERS, {})
-    for name, settings in adapters.items():
+    for name, settings in read_json(folder / "config.json").get(ADAPTERS, {}).items():
         add_adapter(built.model, name, config_of(settings))
     load_trained(built.model, tensors, str(folder / WEIGHTS))
     print(
@@ -164,4 +163,4 @@ def load_model(folder: str | Path, config: ModelConfig | None = None, quantizati
         file=sys.stderr,
     )
     built.model.eval()
-    return built._replace(adapters=adapters)
+    return built
