@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
+from flamingo.fast import precision
+from flamingo.interop.backbones import build_flamingo
+from flamingo.presets import model_config
+from flamingo.training.checkpoint import load_model, save_model
 from flamingo.training.command_line import parse_training_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,3 +88,11 @@ def test_a_resumed_run_keeps_its_options(tmp_path):
     assert parse_training_options(["--resume", str(folder)]).steps == 8
     with pytest.raises(InputError, match="resume it without --lr"):
         parse_training_options(["--resume", str(folder), "--lr", "0.5"])
+
+
+def test_a_model_trained_in_bfloat16_is_saved_without_its_backbones_and_loads(tmp_path):
+    model, processor, config = build_flamingo(model_config(TrainingOptions()))
+    precision.cast_frozen_to_bf16(model)
+    save_model(tmp_path, model, processor, config)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.trainable_state_dict())
+    load_model(tmp_path)

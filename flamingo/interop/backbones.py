@@ -163,9 +163,14 @@ def build_flamingo(config: ModelConfig, quantization=None) -> Built:
 
 
 def _backbone_samples(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
-    """Name → sample of each tensor that comes from a backbone, by which a later save knows whether it is the same."""
+    """Name → sample of each tensor that comes from a backbone, by which a later save knows whether it is the same. Under
+    all its names: the head's matrix may be the token embeddings, and is a tensor of its own once it is in bfloat16."""
     added = {id(tensor) for part in (model.vision_tokenizer, *model.added_parts()) for tensor in part.parameters()}
-    return {name: sample(tensor) for name, tensor in model.named_parameters() if id(tensor) not in added}
+    return {
+        name: sample(tensor)
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if id(tensor) not in added
+    }
 
 
 def _as_found(what: str, part, dim: int, weights: str):
