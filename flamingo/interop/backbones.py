@@ -163,8 +163,10 @@ def build_flamingo(config: ModelConfig, quantization=None) -> Built:
 
 
 def _backbone_samples(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
-    """Name → sample of each tensor that comes from a backbone, by which a later save knows whether it is the same. Under
-    all its names: the head's matrix may be the token embeddings, and is a tensor of its own once it is in bfloat16."""
+    """Name → sample of each tensor that comes from a backbone, by which a later save knows whether it is the same.
+
+    Under all its names: the head's matrix may be the token embeddings, and is a tensor of its own in bfloat16.
+    """
     added = {id(tensor) for part in (model.vision_tokenizer, *model.added_parts()) for tensor in part.parameters()}
     return {
         name: sample(tensor)
