@@ -133,7 +133,7 @@ def _bars_beside(axes: plt.Axes, labels: Sequence[str], series: dict[str, tuple[
         axes.bar(places, values, width=0.9 * width, color=color, label=label)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylim(0, 1.05)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
 
 
 def binding_figure(result: dict) -> bytes | None:
@@ -160,12 +160,13 @@ def gates_figure(result: dict) -> bytes | None:
         return None
     layers = result["closed_gates"]
     figure, axes = _axes("One gate closed", "right answers", width=4.6)
-    labels = ["all open", *(f"gate {held['gate']:+.2f}\nclosed" for held in layers)]
+    labels = ["none", *(f"{k}\n{held['gate']:+.2f}" for k, held in enumerate(layers))]
     captions, binding = ([layers[0][name], *(held[f"{name}_closed"] for held in layers)]
                          for name in ("exact_match", "binding"))  # fmt: skip
     _bars_beside(axes, labels, {
         "captions (exact match)": (captions, COLORS["with"]), "fast binding, of five names": (binding, NOVEL),
     })  # fmt: skip
+    axes.set_xlabel("which look is closed, and its gate")
     return png(figure)
 
 
