@@ -13,7 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from flamingo.errors import InputError, run_command
+from flamingo.errors import InputError, run_command, way_on
+from flamingo.limits import SEEDS, checked, in_range, must_fit, plain_text
+from flamingo.run_folder import SUMMARY, held, read_summary
+
+RANGES = {"n": (2, 10**9), "seed": (0, SEEDS), "queries": (2, 10**9), "trials": (1, 1000), "examples": (0, 10**9)}
+SCENE = 40_000  # bytes of memory for each: the picture, half a novel one, their latents
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -47,23 +52,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     add("--examples", type=int, default=8, help="captions to print (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.n < 2:
-        raise InputError(f"--n must be at least 2, not {args.n}: the shuffled control needs another picture")
-    for name, least in (("queries", 2), ("trials", 1), ("examples", 0)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name, (least, most) in RANGES.items():
+        in_range(f"--{name}", getattr(args, name), least, most)
+    for name, value in vars(args).items():
+        if isinstance(value, str) and name != "template":
+            checked(f"--{name.replace('_', '-')}", value, str)
     if (args.image_column or args.caption_columns) and not args.data:
         raise InputError("--image-column and --caption-columns belong to --data: name the set")
-    if args.shots and min(args.shots) < 0:
-        raise InputError(f"--shots must not be negative, but one is {min(args.shots)}")
+    for shots in args.shots or ():
+        in_range("--shots", shots, 0, 10**6)
+    args.run = args.run.expanduser()
     args.shots = args.shots if args.shots is None else sorted(set(args.shots))
     return args
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.run.is_dir() and not (args.run / SUMMARY).exists():  # no lock into a folder of somebody else's
+        raise InputError(f"{args.run} is no finished run: it has no {SUMMARY}")
+    with held(args.run), way_on(lambda: "the same command goes on from the last part that was kept"):
+        evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
     import time
 
-    from flamingo.config import TrainingOptions, to_flat
+    from flamingo.config import to_flat
     from flamingo.data.answer_columns import AnswerColumns
     from flamingo.evaluation.parts import Parts
     from flamingo.evaluation.predictor import Predictor
@@ -73,22 +86,20 @@ def main(args: argparse.Namespace) -> None:
     from flamingo.evaluation.test_set import captioned_test_set, classroom_test_set
     from flamingo.fast.device import pick_device
     from flamingo.fast.inference import prepare_to_generate
-    from flamingo.files import read_json, write_json
+    from flamingo.files import write_json
     from flamingo.interop.selfcheck import check_decoding
     from flamingo.training.checkpoint import WEIGHTS, load_model
     from flamingo.training.sources import uses_classroom
 
     began = time.time()
-    if not args.run.is_dir():
-        raise InputError(f"{args.run}: no such run folder")
-    summary = read_json(args.run / "summary.json")
-    options = TrainingOptions(**summary["options"])
+    summary, options = read_summary(args.run)
     options.allow_outside |= args.allow_outside
     if args.data:
         options.data, options.data_place = args.data, None
         options.image_column, options.caption_columns = args.image_column, args.caption_columns
     device = pick_device(args.device)
     model, processor, config = load_model(args.run)
+    plain_text("--template", args.template, processor.tokenizer)
     model.to(device)
     dtype = "float32" if args.plain else summary["dtype"]
     if not args.plain:
@@ -98,6 +109,7 @@ def main(args: argparse.Namespace) -> None:
     if uses_classroom(options):
         if columns != AnswerColumns():
             raise InputError("--question-column, --answer-column and --label-column belong to --data: name the set")
+        must_fit(args.n * SCENE, f"--n {args.n:,}", "ask for fewer")
         test_set = classroom_test_set(args.split, args.n, args.seed)
     else:
         test_set = captioned_test_set(options, args.split, args.n, args.seed, columns)

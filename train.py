@@ -13,14 +13,16 @@ import time
 LAUNCHED = time.time()
 
 import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from flamingo.config import TrainingOptions  # noqa: E402
 from flamingo.errors import run_command  # noqa: E402
 from flamingo.presets import model_config  # noqa: E402
+from flamingo.run_folder import in_run_folder  # noqa: E402
 from flamingo.training.command_line import parse_training_options  # noqa: E402
 
 
-def main(options: TrainingOptions) -> None:
+def main(options: TrainingOptions, folder: Path) -> None:
     import torch
     from tqdm import tqdm
 
@@ -43,20 +45,21 @@ def main(options: TrainingOptions) -> None:
     train_set, validation_set = sources.training_sets(options)
     collate = Collate(processor, options.max_tokens, layout=not options.plain)
     sources.check_targets(train_set, validation_set, collate)
-    folder = loop.run_folder(options)
     train_examples, validation_examples = (
         with_cached_features(examples, model.vision_encoder, options.cache, device=place, workers=options.workers)
         for examples in (train_set, validation_set)
     )
     adamw = optimizer.make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    first_step, dtype = resume.restore(folder, model, adamw) if options.resume else (0, options.dtype)
+    points = resume.ResumePoints(folder, model, adamw, options, config, (train_set, validation_set))
+    first_step, dtype = points.restore() if options.resume else (0, options.dtype)
     log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped], first_step)
 
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
+    validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
     count, done = options.steps * options.accumulate, first_step * options.accumulate
     stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))
-    held_out = list(batches(validation_examples, collate, steps=options.eval_batches, seed=0, **prepare))
+    held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))
     shown = validation_items(validation_set, options.seed)
     if not options.plain:
         enable.enable(model)  # the same numbers, sooner
@@ -70,7 +73,7 @@ def main(options: TrainingOptions) -> None:
         compiling.compile_trained_parts(model)
     print(f"training {len(train_set)} examples on {place} in {dtype}; run folder {folder}")
     if not options.resume:
-        resume.save_resume_point(folder, model, adamw, options, 0, dtype)
+        points.save(0, dtype)
 
     # ------------------------------------------------------------------------------------------------- loop
     bar = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps, desc="train", unit="step")
@@ -85,21 +88,22 @@ def main(options: TrainingOptions) -> None:
                 part = model(**batch.to(place).inputs()).loss * share
             part.backward()
             loss += part.detach()
-        torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
         optimizer.open_gates(model, step, options)
 
+        loss = loop.finite_loss(step, loss, norm, train_set, options, folder)
         log.step(step, loss, sum(len(batch.input_ids) for batch in group), adamw, bar)
         if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
             score = log.samples(model, processor, shown, lambda: precision.autocast(place, dtype), bar)
             log.validation(step + 1, loop.validate(model, held_out, place, dtype) | score, model.gates(), bar)
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-            resume.save_resume_point(folder, model, adamw, options, step + 1, dtype)
+            points.save(step + 1, dtype)
             device.give_back_freed_memory()
 
     finish.finish(folder, model, processor, config, shown, log, counts, place, dtype)
 
 
 if __name__ == "__main__":
-    run_command("train.py", lambda: main(parse_training_options(sys.argv[1:])))
+    run_command("train.py", lambda: in_run_folder(main, parse_training_options(sys.argv[1:])))

@@ -10,6 +10,7 @@ and ours alone:
     python -m benchmarks.precision   does bfloat16 learn what float32 learns?
     python -m benchmarks.classroom   what a step of the default run spends its time on
     python -m benchmarks.pieces      what each piece of flamingo/fast is worth beside the plain model
+    python -m benchmarks.kills       what a run, an evaluation and a cache build keep when they are killed
 
 Weights are random, of the shapes of OPT-125m and ViT-L-14: time does not depend on their values, and nothing has to be
 downloaded. Both sides have the same ones, and before anything is timed their losses are compared.

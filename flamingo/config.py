@@ -12,9 +12,11 @@ flamingo-mini's (`xattn_heads`): the table FLAT is all there is between the two.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 from flamingo.errors import InputError
+from flamingo.limits import checked, quoted
 
 
 @dataclass
@@ -183,17 +185,21 @@ def to_flat(config: ModelConfig) -> dict[str, object]:
 
 
 def from_flat(settings: dict[str, object]) -> ModelConfig:
-    """Flat settings → a config; what they do not name has its default. Raises InputError for an unknown name."""
+    """Flat settings → a config; what they do not name has its default. Raises InputError for an unknown name or a value
+    that the field cannot have."""
     unknown = sorted(settings.keys() - FLAT.keys())
     if unknown:
         raise InputError(
-            f"the model has no setting {unknown[0]!r} (a newer version of this repository, or a typing mistake)"
+            f"the model has no setting {quoted(unknown[0])} (a newer version of this repository, or a typing mistake)"
         )
+    for name, value in settings.items():  # here, so that the sentence has the name that is in the file
+        _checked(FLAT[name], value, name)
     return with_settings(ModelConfig(), {FLAT[name]: value for name, value in settings.items()})
 
 
 def with_settings(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
-    """A copy with some fields, by dotted name, set to other values. Raises InputError for an unknown name."""
+    """A copy with some fields, by dotted name, set to other values. Raises InputError for an unknown name or a value
+    that the field cannot have."""
     copy = dataclasses.replace(
         config, vision=dataclasses.replace(config.vision), tokenizer=dataclasses.replace(config.tokenizer),
         fusion=dataclasses.replace(config.fusion), language=dataclasses.replace(config.language),
@@ -205,14 +211,18 @@ def with_settings(config: ModelConfig, settings: dict[str, object]) -> ModelConf
             near = [name for name in known if name.startswith(f"{part}.")] or list(known)
             raise InputError(f"the model has no setting {path!r}: it has {', '.join(near)}")
         *parts, name = path.split(".")
-        setattr(getattr(copy, parts[0]) if parts else copy, name, value)
+        setattr(getattr(copy, parts[0]) if parts else copy, name, _checked(path, value, path))
     return copy
+
+
+def _checked(path: str, value, name: str):
+    return checked(name, value, _types(ModelConfig)[path], path.rpartition(".")[2])
 
 
 def parse_setting(text: str) -> tuple[str, object]:
     """`fusion.heads=4` → ("fusion.heads", 4). Raises InputError for a value of another kind than the field's."""
     path, equals, value = text.partition("=")
-    known = {**_types(ModelConfig)}
+    known = _types(ModelConfig)
     if not equals or path not in known:
         raise InputError(f"--set {text}: write PART.FIELD=VALUE, where PART.FIELD is one of {', '.join(known)}")
     kind = known[path]
@@ -229,6 +239,7 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise InputError(f"--set {text}: {path} is of type {convert.__name__}") from None
 
 
+@functools.cache
 def _types(config: type) -> dict[str, str]:
     """Dotted name → how the field's type is written."""
     found = {}

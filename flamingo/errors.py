@@ -1,8 +1,17 @@
-"""Mistakes a user can mend: one sentence each, and exit code 2. Internal errors keep their traceback."""
+"""Mistakes a user can mend: one sentence each, and exit code 2. Internal errors keep their traceback.
+
+What this file teaches: how a command may end. With a sentence for what the user can mend (an option, a file, a full
+disk, too little memory); with a traceback for what only we can mend; and at Ctrl-C at once, wherever it is, with the
+command that goes on.
+"""
 
 import argparse
+import contextlib
+import errno
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -13,16 +22,85 @@ class OneSentenceParser(argparse.ArgumentParser):
     """argparse prints its usage before a mistake; one sentence is enough."""
 
     def error(self, message: str):
-        raise InputError(f"{message} (see {self.prog} --help)")
+        raise InputError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+
+# Reasons of an OSError that lie with the disk or the path, whatever we were about to do.
+OF_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE,
+}  # fmt: skip
+
+_ways_on: list[Callable[[], str]] = []  # the innermost last
+
+
+@contextlib.contextmanager
+def way_on(sentence: Callable[[], str]) -> Iterator[None]:
+    """While this lasts, Ctrl-C ends with `sentence()`: how to go on."""
+    _ways_on.append(sentence)
+    try:
+        yield
+    finally:
+        _ways_on.remove(sentence)
 
 
 def run_command(name: str, command: Callable[[], None]) -> None:
-    """Run a command line: a user's mistake ends with one sentence and exit code 2, Ctrl-C with 130."""
+    """Run a command line: what a user can mend ends with one sentence and exit code 2, Ctrl-C with 130."""
+    with _stopping_at_once(name):
+        try:
+            command()
+        except InputError as error:
+            _leave(f"{name}: {error}", 2)
+        except OSError as error:
+            if error.errno not in OF_THE_DISK:
+                raise
+            _leave(f"{name}: {error.filename or 'a file cannot be written'}: {error.strerror}", 2)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            _leave(f"{name}: out of memory: ask for less at a time (train.py: a smaller --batch-size)", 2)
+        except KeyboardInterrupt:
+            _leave(_stopped(name), 130)
+
+
+def _leave(sentence: str, code: int) -> None:
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has an error of its own for GPUs, and for CPUs only words."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        "can't allocate memory" in str(error)
+    )  # fmt: skip
+
+
+def _stopped(name: str) -> str:
+    return f"\n{name}: stopped" + "".join(f"; {sentence()}" for sentence in _ways_on[-1:])
+
+
+@contextlib.contextmanager
+def _stopping_at_once(name: str) -> Iterator[None]:
+    """Let Ctrl-C end the process there and then. As an exception it would pass through whatever is being imported or
+    called, and there are libraries that swallow it and others that abort. All that a run keeps is whole at any moment,
+    for it must survive a kill as well."""
+    parent = os.getpid()
+
+    def stop(*_) -> None:
+        if os.getpid() != parent:  # a process that prepares pictures: its parent speaks
+            os._exit(130)
+        sentence = _stopped(name)
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os.write(2, f"{sentence}\n".encode())
+        os._exit(130)
+
+    before = None
+    with contextlib.suppress(ValueError):  # not the main thread
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
+            before = signal.signal(signal.SIGINT, stop)
     try:
-        command()
-    except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped", file=sys.stderr)
-        sys.exit(130)
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)

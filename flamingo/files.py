@@ -1,10 +1,12 @@
 """Files that are whole or absent, and where things are. (Imports nothing heavy: `--help` needs it.)"""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flamingo.errors import InputError
@@ -21,23 +23,47 @@ def resolve(name: str) -> str:
     return str(asset(name.removeprefix("asset:"))) if name.startswith("asset:") else name
 
 
+UNFINISHED = ".unfinished-"  # how the name of a file begins until it is whole
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, then put it in place in one step: a kill or a full disk leaves the old file or
     none. Raises InputError when the disk is full or the folder cannot be written; nothing is left behind then."""
     from safetensors import SafetensorError
 
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+    temporary = None
     try:
-        write(Path(temporary))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}. Free some space or choose another folder") from error
+        with writing(path):
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED, suffix=f"-{path.name}")
+            os.close(handle)
+            try:
+                write(Path(temporary))
+            except SafetensorError as error:  # which has the disk's error as text only
+                raise OSError(str(error)) from error
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written is the user's to mend: an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"cannot write {path}: {why}. Free some space or choose another folder") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away what a killed process left half-written. Only for who alone writes into the folder."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        with writing(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_json(path: Path, value) -> None:
@@ -45,13 +71,21 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file of a run folder. Raises InputError if it is missing or damaged."""
+    """A JSON object of a run folder. Raises InputError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.parent} is no finished run: it has no {path.name}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is damaged: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it does not hold an object")
+    return value
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def find_folder(name: str | Path, hub_options: dict) -> Path:

@@ -1,6 +1,12 @@
 """Recipes: which backbones, which shape, which training. (Imports nothing heavy: `--help` needs it.)"""
 
+import dataclasses
+import os
+from collections.abc import Callable
+
 from flamingo.config import ModelConfig, TrainingOptions, parse_setting, with_settings
+from flamingo.errors import InputError
+from flamingo.limits import checked, in_range, quoted
 
 _LARGE_TRAINING = {
     "data": "jxie/flickr8k", "steps": 3000, "batch_size": 32, "lr": 3e-4, "gate_lr": 0.01, "warmup_steps": 200,
@@ -44,3 +50,27 @@ def model_config(options: TrainingOptions) -> ModelConfig:
         if getattr(options, option):
             settings[path] = getattr(options, option)
     return with_settings(ModelConfig(), settings | dict(map(parse_setting, options.overrides or ())))
+
+
+def training_options(values: dict, flag: Callable[[str], str] = str) -> TrainingOptions:
+    """Options from outside, each of its type and in its range; what is not named has its default.
+
+    flag: an option's name → as the user wrote it. Raises InputError for a mistake, one in --set included.
+    """
+    fields = {entry.name: entry for entry in dataclasses.fields(TrainingOptions)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise InputError(f"there is no option {quoted(unknown[0])} (of a newer version of this repository?)")
+    options = TrainingOptions(**{name: checked(flag(name), value, fields[name].type, name)
+                                 for name, value in values.items()})  # fmt: skip
+    if options.preset not in PRESETS:
+        raise InputError(f"unknown preset {quoted(options.preset)}: choose one of {', '.join(PRESETS)}")
+    if options.dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"{flag('dtype')} must be auto, float32 or bfloat16, not {quoted(options.dtype)}")
+    for name in ("data", "out", "resume", "lm"):
+        if (value := getattr(options, name)) and value.startswith("~"):  # a shell expands no `--out=~/run`
+            setattr(options, name, os.path.expanduser(value))
+    options.cache = "off" if options.cache.lower() == "off" else options.cache
+    reads = options.steps * options.accumulate * options.batch_size
+    in_range(" times ".join(map(flag, ("steps", "accumulate", "batch_size"))), reads, 1, 10**15)
+    model_config(options)
+    return options

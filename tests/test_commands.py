@@ -150,7 +150,7 @@ for module in pkgutil.walk_packages(flamingo.__path__, "flamingo."):
     (["--preset", "opt-66b"], "unknown preset 'opt-66b': choose one of classroom, opt-125m, gpt2"),
     (["--stepz", "5"], "unrecognized arguments: --stepz"),
     (["--steps", "many"], "invalid int value"),
-    (["--steps", "0"], "--steps must be greater than 0"),
+    (["--steps", "0"], "--steps must be at least 1, but is 0"),
     (["--warmup-steps", "-1"], "--warmup-steps must not be negative"),
     (["--dtype", "float8"], "--dtype must be"),
 ])  # fmt: skip

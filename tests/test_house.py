@@ -10,8 +10,9 @@ FLAMINGO = ROOT / "flamingo"
 # compat, adapters and the loading of backbones serve others.
 FLOORS = [
     ("errors",),
-    ("files", "config"),
-    ("presets", "interop.compat", "interop.threads"),
+    ("files", "limits"),
+    ("config",),
+    ("presets", "run_folder", "interop.compat", "interop.threads"),
     ("model",),
     ("fast",),
     ("data",),

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from flamingo.data.batches import Example
 from flamingo.data.captions import CaptionedPictures
 from flamingo.errors import InputError
-from flamingo.files import write_json
+from flamingo.files import remove_unfinished, write_json
 from flamingo.model.vision import VisionEncoder
 
 AT_ONCE = 16  # pictures encoded together, and made safe on disk together
@@ -218,6 +218,7 @@ def _only_one_builder(folder: Path) -> Iterator[None]:
             print(f"feature cache {folder}: another run is building it; waiting")
             held = lock.acquire()
     with held:
+        remove_unfinished(folder)
         yield
 
 

@@ -28,7 +28,7 @@ class Parts:
             return
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
-            same, done = kept["arguments"] == self.arguments, kept["parts"]
+            same, done = kept["arguments"] == self.arguments, dict(kept["parts"])
         except (OSError, ValueError, KeyError, TypeError):
             print("the unfinished evaluation in this folder cannot be read: starting anew", file=sys.stderr)
             return

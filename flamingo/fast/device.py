@@ -15,13 +15,13 @@ from flamingo.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one. Raises InputError for a device that is not there."""
+    """auto: a GPU if there is one. Raises InputError for a device that is not there, or (meta) holds no numbers."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 

@@ -10,20 +10,25 @@ What this file teaches: where a Flamingo's frozen halves come from. A vision enc
 and a language model by Hugging Face id, folder or `asset:…`. A missing weight file never becomes a random encoder.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from flamingo.config import ModelConfig
+from flamingo.config import ModelConfig, layers_with_cross_attention
 from flamingo.data.preprocess import Preprocess
 from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.errors import InputError
-from flamingo.files import fingerprint, resolve, sample
+from flamingo.files import fingerprint, one_line, resolve, sample
 from flamingo.interop import compat
-from flamingo.model.build import build_from_parts
+from flamingo.limits import must_fit
+from flamingo.model.build import TOKENIZERS, build_from_parts
+from flamingo.model.cross_attention import GatedCrossAttentionBlock
 from flamingo.model.vision import HuggingFaceClipEncoder, OpenClipEncoder, VisionEncoder
 from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
 
@@ -55,13 +60,9 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
                 f"{model_name} has no weights {pretrained!r}: choose one of {', '.join(known) or '(none)'}"
             )
         _quick_gelu_must_match(model_name, pretrained)
-    try:
-        with compat.quiet_open_clip():
-            clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
-    except json.JSONDecodeError as error:
-        raise InputError(f"the config of {name} is not JSON: {error}") from error
-    except Exception as error:  # missing weights, no network, a wrong file: open_clip has no exception of its own
-        raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
+    with _loading(f"the vision encoder {name}", str(folder or "")):
+        clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
+        _all_finite(clip.visual)
     preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
     return OpenClipEncoder(clip.visual, name, preprocess, norm, class_token)  # the text tower is dropped
 
@@ -69,18 +70,44 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
 def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
-    try:
-        tower = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
-        processor = CLIPImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the vision encoder {name}: {_first_line(error)}") from error
-
+    folder_or_id = os.path.expanduser(name)
+    with _loading(f"the vision encoder {name}", folder_or_id):
+        tower, found = CLIPVisionModel.from_pretrained(folder_or_id, dtype=torch.float32, output_loading_info=True)
+        _all_there(found)
+        _all_finite(tower)
+        processor = CLIPImageProcessor.from_pretrained(folder_or_id)
     preprocess = Preprocess({"library": "transformers", **json.loads(processor.to_json_string())})
     return HuggingFaceClipEncoder(tower, name, preprocess, norm, class_token)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextlib.contextmanager
+def _loading(what: str, folder_or_id: str) -> Iterator[None]:
+    """What a library raises for a name, a folder or a file that is not as it should be → InputError. There is no end to
+    the kinds: each file format has its own, and a config with a wrong number fails wherever that is first used."""
+    place = Path(folder_or_id)
+    if (place.is_absolute() or folder_or_id.startswith(".")) and not place.is_dir():
+        raise InputError(f"cannot load {what}: there is no folder {place}")
+    try:
+        with compat.quiet():
+            yield
+    except InputError as error:
+        raise InputError(f"cannot load {what}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise InputError(f"cannot load {what}: {kind}{one_line(error)}") from error
+
+
+def _all_there(found: dict) -> None:
+    """Raises InputError if the weight file lacks tensors: transformers would go on with random ones."""
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"its weight file lacks {len(missing)} tensors, such as {missing[0]}")
+
+
+def _all_finite(module: torch.nn.Module) -> None:
+    if bad := [name for name, value in module.named_parameters() if not value.isfinite().all()]:
+        raise InputError(f"its weights are not finite, such as those of {bad[0]}")
 
 
 def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = False) -> VisionEncoder:
@@ -110,21 +137,43 @@ def load_language_model(name: str, quantization=None):
     """A causal language model in float32 and its tokenizer, by Hugging Face id, folder, or `asset:…`.
 
     quantization: one of transformers' quantization configs (4 or 8 bits a weight).
-    Raises InputError when either cannot be loaded.
+    Raises InputError when either cannot be loaded, is not whole, or brings code of its own, which is never run.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for a file that loads in a second only hides what matters
-    try:
-        folder_or_id = resolve(name)
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
+    folder_or_id = os.path.expanduser(resolve(name))
+    with _loading(f"the language model {name}", folder_or_id):
+        try:  # False: the default is to ask, in the middle of a run
+            config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder_or_id, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise InputError(
+                "it brings code of its own, which is never run here: choose a model that transformers knows"
+            ) from error
+        _knows_words(tokenizer)
         # The library's default dtype is that of the file: OPT would come as float16.
         options = {} if quantization is None else {"quantization_config": quantization}
-        lm = AutoModelForCausalLM.from_pretrained(folder_or_id, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load the language model {name}: {_first_line(error)}") from error
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            folder_or_id, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+        _all_there(found)
+        _all_finite(lm)
+        rows = lm.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise InputError(f"its tokenizer has {len(tokenizer)} tokens, but its embeddings are {rows}")
     return lm, tokenizer
+
+
+def _knows_words(tokenizer) -> None:
+    """Raises InputError for the empty tokenizer that transformers makes where a folder has none."""
+    ids = tokenizer("a picture of a dog", add_special_tokens=False).input_ids
+    if not [i for i in ids if i != tokenizer.unk_token_id]:
+        raise InputError("it has no tokenizer: put the files of its tokenizer (tokenizer.json, …) into its folder")
 
 
 # ----------------------------------------------------------------------------------------------------- all of it
@@ -154,6 +203,7 @@ def build_flamingo(config: ModelConfig, quantization=None) -> Built:
             "dim", language, lm.config.hidden_size, fingerprint(lm) if quantization is None else language.fingerprint
         ),
     )
+    _must_fit(found, lm.config.num_hidden_layers)
     add_flamingo_tokens(tokenizer)
     processor = FlamingoProcessor(tokenizer, encoder.preprocess)
     tokens = SpecialTokens(processor.media_token_id, processor.eoc_token_id, processor.pad_token_id)
@@ -173,6 +223,20 @@ def _backbone_samples(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
         for name, tensor in model.named_parameters(remove_duplicate=False)
         if id(tensor) not in added
     }
+
+
+def _must_fit(config: ModelConfig, decoder_layers: int) -> None:
+    """Raises InputError if the trained parts are larger than this machine's memory. (On the device "meta" they can be
+    counted without being made.)"""
+    if config.tokenizer_type not in TOKENIZERS:
+        return  # `build_from_parts` says so
+    fusion, d = config.fusion, config.vision.dim
+    blocks = len(layers_with_cross_attention(decoder_layers, fusion.every, fusion.placement))
+    with torch.device("meta"):
+        tokenizer = TOKENIZERS[config.tokenizer_type](dim=d, **vars(config.tokenizer))
+        block = GatedCrossAttentionBlock(dim=config.language.dim, dim_visual=d, **fusion.block_settings())
+    numbers = sum(p.numel() for p in tokenizer.parameters()) + blocks * sum(p.numel() for p in block.parameters())
+    must_fit(4 * numbers, "the trained parts", "lower what --set or config.json asks for (depth, heads, …)")
 
 
 def _as_found(what: str, part, dim: int, weights: str):

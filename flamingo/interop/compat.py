@@ -357,8 +357,8 @@ def open_clip_transform(settings: dict) -> Callable:
 
 
 @contextlib.contextmanager
-def quiet_open_clip() -> Iterator[None]:
-    """open_clip logs to the root logger what our own sentence says better."""
+def quiet() -> Iterator[None]:
+    """open_clip and transformers log what our own sentence says better."""
     logging.disable(logging.ERROR)
     try:
         yield

@@ -12,7 +12,9 @@ What this file teaches: what to write must not depend on a flag that happens to 
 lost without a word. A backbone is left out because it is found again by its name, and only as long as it is the same.
 """
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -24,10 +26,11 @@ from flamingo.config import ModelConfig, from_flat, to_flat
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.fast.onednn import PackedLinear
-from flamingo.files import read_json, sample, write_atomically, write_json
+from flamingo.files import UNFINISHED, one_line, read_json, sample, write_atomically, write_json, writing
 from flamingo.interop import compat
 from flamingo.interop.adapters import add_adapter, config_of, name_without_adapter
 from flamingo.interop.backbones import Built, build_flamingo
+from flamingo.limits import checked, checked_fields, quoted
 from flamingo.model.vlm import VisionLanguageModel
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,7 +82,22 @@ def save_model(
     write_json(
         folder / "config.json", {"model_type": MODEL_TYPE, **dict(sorted(to_flat(config).items())), **(general or {})}
     )
-    processor.save_pretrained(folder)
+    _save_processor(folder, processor)
+
+
+def _save_processor(folder: Path, processor: FlamingoProcessor) -> None:
+    """Other libraries write these files, in place and one after the other: so first into a folder of their own."""
+    with writing(folder), tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as made:
+        try:
+            processor.save_pretrained(made)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise OSError(str(error)) from error  # tokenizers has the disk's error as text only
+        for file in Path(made).iterdir():
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(file, folder / file.name)
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> None:
@@ -104,16 +122,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """What `_write_weights` wrote. Raises InputError for a missing or damaged file."""
     files = [WEIGHTS]
     if (folder / INDEX).exists():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        index = checked_fields(read_json(folder / INDEX), {"weight_map": dict}, f"{folder / INDEX}", ("weight_map",))
+        files = sorted({checked("a file of weight_map", file, str) for file in index["weight_map"].values()})
     tensors = {}
     for file in files:
         try:
             tensors |= load_file(folder / file)
         except FileNotFoundError:
             raise InputError(f"{folder} is no finished run: it has no {file}") from None
-        except SafetensorError as error:
-            raise InputError(f"{folder / file} is damaged: {error}") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / file} is damaged: {one_line(error)}") from None
+    check_finite(tensors, str(folder), "the run went wrong, or a file is damaged: train it again")
     return tensors
+
+
+def check_finite(tensors: dict[str, Tensor], where: str, way_out: str) -> None:
+    """Raises InputError for a tensor with a value that is infinite or no number."""
+    bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if bad:
+        raise InputError(f"{where} has values that are not finite (such as in {bad}): {way_out}")
 
 
 # ------------------------------------------------------------------------------------------------- what is read
@@ -136,7 +163,7 @@ def read_config(folder: Path) -> ModelConfig:
     """config.json of a run folder. Raises InputError if it describes another kind of model or has an unknown field."""
     settings = read_json(folder / "config.json")
     if settings.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{folder}/config.json describes a {settings.get('model_type')!r}, not a flamingo")
+        raise InputError(f"{folder}/config.json describes a {quoted(settings.get('model_type'))}, not a flamingo")
     try:
         return from_flat({name: value for name, value in settings.items() if name not in GENERAL})
     except InputError as error:

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from flamingo.config import TrainingOptions
-from flamingo.errors import InputError, OneSentenceParser
-from flamingo.presets import PRESETS, model_config
+from flamingo.errors import OneSentenceParser
+from flamingo.presets import PRESETS, training_options
 
 
 def parse_training_options(argv: list[str]) -> TrainingOptions:
@@ -34,24 +34,13 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
                             help=entry.metadata["help"].replace("%", "%%") + shown, **also)  # fmt: skip
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = given.get("preset", "classroom")
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     if "resume" in given:
         from flamingo.training.resume import options_to_resume
 
         folder = given.pop("resume") or given.get("out") or f"runs/{preset}"
-        return options_to_resume(Path(folder), given)
-    options = TrainingOptions(**(PRESETS[preset]["training"] | given))
-    for name in ("steps", "batch_size", "accumulate", "lr", "gate_lr", "clip_norm", "captions_per_picture",
-                 "max_tokens", "eval_every", "eval_batches", "save_every"):  # fmt: skip
-        if getattr(options, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(options, name)}")
-    for name in ("weight_decay", "warmup_steps", "workers"):
-        if getattr(options, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(options, name)}")
-    if options.dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--dtype must be auto, float32 or bfloat16, not {options.dtype!r}")
-    if options.data is not None and os.path.exists(os.path.expanduser(options.data)):
-        options.data_place = os.path.abspath(os.path.expanduser(options.data))
-    model_config(options)  # a mistake in --set is found here
+        return options_to_resume(Path(folder).expanduser(), given)
+    recipe = PRESETS.get(preset, {}).get("training", {})
+    options = training_options(recipe | given, lambda name: "--" + name.replace("_", "-"))
+    if options.data is not None and os.path.exists(options.data):
+        options.data_place = os.path.abspath(options.data)
     return options

@@ -13,7 +13,7 @@ from flamingo.fast.precision import autocast
 from flamingo.files import write_json
 from flamingo.interop.selfcheck import check_decoding
 from flamingo.model.vlm import VisionLanguageModel
-from flamingo.training import resume
+from flamingo.run_folder import RESUME_POINT, SUMMARY
 from flamingo.training.checkpoint import save_model
 from flamingo.training.log import RunLog
 
@@ -36,8 +36,8 @@ def finish(
         "frozen_parameters": counts[1],
         "validation_captions": look and look.facts,
     }
-    write_json(folder / "summary.json", summary)  # last: a run folder with a summary is a whole one
-    (folder / resume.FILE).unlink()
+    write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
+    (folder / RESUME_POINT).unlink()
     print(
         f"trained for {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
         f"{summary['final_val_loss_blind']:.3f} without\n"

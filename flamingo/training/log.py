@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -12,22 +13,40 @@ from tqdm import tqdm
 
 from flamingo.config import TrainingOptions
 from flamingo.data.processor import FlamingoProcessor
+from flamingo.errors import InputError
 from flamingo.evaluation.first_look import Context, marks_of, own_captions
 from flamingo.evaluation.test_set import Item
 from flamingo.fast.device import peak_memory_bytes
 from flamingo.figures import run_figures
-from flamingo.files import write_atomically
+from flamingo.files import write_atomically, writing
+from flamingo.limits import checked_fields
 from flamingo.model.vlm import Flamingo
+from flamingo.run_folder import METRICS, SKIPPED
+from flamingo.training.resume import way_out
 
 SHOWN = 12  # pictures in samples.png
 
+# Fields of a line of metrics.jsonl.
+STEP = {"step": int, "loss": float, "lr": float, "captions": int, "seconds": float}
+VALIDATION = {"step": int, "val_loss": float, "val_loss_blind": float, "attn": "list[float]", "ff": "list[float]"}
+SCORES = {"exact_match": float, "cider_d": float}  # one of them, if any picture has a caption to compare with
 
-def _entry(line: str) -> dict | None:
-    """A line of metrics.jsonl; None for one that a kill cut short."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+
+def read_metrics(file: Path, steps_done: int) -> list[dict]:
+    """The entries of metrics.jsonl up to a step, without a last line that a kill cut short. Raises InputError."""
+    lines, entries = file.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of {file}"
+        try:
+            entry = json.loads(line)
+            kinds = VALIDATION if isinstance(entry, dict) and "val_loss" in entry else STEP
+            entries.append(checked_fields(entry, kinds | SCORES, where, required=tuple(kinds)))
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            why = str(error) if isinstance(error, InputError) else f"{where} is damaged"
+            raise InputError(f"{why}: take the file away and the run goes on without its losses so far") from None
+    return [entry for entry in entries if entry["step"] <= steps_done]
 
 
 class RunLog:
@@ -48,16 +67,18 @@ class RunLog:
         self.score: dict[str, float] = {}  # of the last validation's captions
         self.first_step: float | None = None
         self.began = time.time()
-        self._take_up(folder / "metrics.jsonl", steps_done)
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._take_up(folder / METRICS, steps_done)
+        with writing(folder / METRICS):
+            self.metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         if skipped:
-            (folder / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
+            write_atomically(
+                folder / SKIPPED, lambda path: path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
+            )
             print(f"{len(skipped)} pictures or captions were left out: see {folder}/skipped.txt")
 
     def _take_up(self, file: Path, steps_done: int) -> None:
         """A resumed run: entries up to the point it goes on from count; those after it will be written again."""
-        lines = file.read_text(encoding="utf-8").splitlines() if steps_done else []
-        kept = [entry for entry in map(_entry, lines) if entry and entry["step"] <= steps_done]
+        kept = read_metrics(file, steps_done) if steps_done and file.exists() else []
         write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
         steps = [entry for entry in kept if "loss" in entry]
         self.validations = [entry for entry in kept if "val_loss" in entry]
@@ -69,15 +90,16 @@ class RunLog:
             self.launched -= steps[-1]["seconds"]
 
     def _write(self, entry: dict) -> None:
-        self.metrics.write(json.dumps(entry) + "\n")
-        self.metrics.flush()
+        with writing(self.folder / METRICS):
+            self.metrics.write(json.dumps(entry) + "\n")
+            self.metrics.flush()
 
-    def step(self, step: int, loss: torch.Tensor, captions: int, optimizer, bar: tqdm) -> None:
-        """After each optimizer step. loss: mean over its target tokens, on the device."""
+    def step(self, step: int, loss: float, captions: int, optimizer, bar: tqdm) -> None:
+        """After each optimizer step. loss: mean over its target tokens."""
         if self.first_step is None:
             self.first_step = time.time() - self.launched
         self.captions_seen += captions
-        self.losses.append(loss.item())
+        self.losses.append(loss)
         seconds = time.time() - self.launched
         lr = optimizer.param_groups[0]["lr"]
         self._write({"step": step + 1, "loss": self.losses[-1], "lr": lr, "captions": captions, "seconds": seconds})
@@ -85,7 +107,10 @@ class RunLog:
         bar.set_postfix(shown | {"captions_per_second": f"{self.captions_seen / (time.time() - self.began):.0f}"})
 
     def validation(self, step: int, scores: dict[str, float], gates: list[tuple[float, float]], bar: tqdm) -> None:
-        """After each validation. scores: the two losses, and the score of `samples`."""
+        """After each validation. scores: the two losses, and the score of `samples`. Raises InputError if one of them
+        is not finite."""
+        if not math.isfinite(sum(scores.values())):
+            raise InputError(f"the validation after step {step} gives {scores}: {way_out(self.folder)}")
         entry = {"step": step, **scores, "attn": [attn for attn, _ in gates], "ff": [ff for _, ff in gates]}
         self.validations.append(entry)
         self._write(entry)
@@ -94,7 +119,7 @@ class RunLog:
             f"step {step}: validation loss {entry['val_loss']:.3f} with the picture, "
             f"{entry['val_loss_blind']:.3f} without; attention gates {opened}"
         )
-        steps = range(1, len(self.losses) + 1)
+        steps = range(step - len(self.losses) + 1, step + 1)
         write_atomically(
             self.folder / "training.png",
             lambda path: run_figures.training_figure(path, steps, self.losses, self.validations, self.validations),
@@ -129,7 +154,7 @@ class RunLog:
             "preset": self.options.preset,
             "seconds": time.time() - self.launched,
             "seconds_to_first_step": self.first_step,
-            "steps": len(self.losses),
+            "steps": self.options.steps,
             "captions_seen": self.captions_seen,
             "captions_per_second": self.captions_seen / seconds,
             "final_val_loss": self.validations[-1]["val_loss"],

@@ -1,16 +1,20 @@
-"""What the loop in train.py calls by name: validation, the table of parts, the run folder."""
+"""What the loop in train.py calls by name: validation, the table of parts, what may not be and what does not fit."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from flamingo.config import TrainingOptions
-from flamingo.data.batches import Batch
+from flamingo.data.batches import Batch, Collate, StepSampler
 from flamingo.errors import InputError
 from flamingo.fast.precision import autocast
+from flamingo.limits import must_fit
 from flamingo.model.vlm import VisionLanguageModel
+from flamingo.training.resume import way_out
 
 
 @torch.no_grad()
@@ -57,21 +61,55 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return _counts(model.parameters())
 
 
-def run_folder(options: TrainingOptions) -> Path:
-    """The run folder: that of the run to resume, or a new one. Raises InputError if a new one cannot be made or the
-    named one holds something already."""
-    if options.resume:
-        return Path(options.resume)
-    folder = Path(options.out) if options.out else Path("runs") / options.preset
-    if not options.out:
-        number = 2
-        while folder.exists():
-            folder, number = Path("runs") / f"{options.preset}-{number}", number + 1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from error
-    if occupied:
-        raise InputError(f"{folder} is not empty: choose another --out, resume it with --resume {folder}, or delete it")
-    return folder
+def finite_loss(
+    step: int, loss: Tensor, norm: Tensor, examples: Dataset, options: TrainingOptions, folder: Path
+) -> float:
+    """The loss of a step as a number: the only look at values in a step, after all its work has been queued.
+
+    norm: of the gradient. Raises InputError if either is not finite, for then all weights are nonsense from here on;
+    those on disk are whole.
+    """
+    values = torch.stack([loss, norm.to(loss)]).tolist()
+    for name, value in zip(("loss", "gradient's norm"), values, strict=True):
+        if not math.isfinite(value):
+            read = examples_of_step(step, examples, options)
+            shown = ", ".join(map(str, read[:8])) + (", …" if len(read) > 8 else "")
+            raise InputError(f"the {name} of step {step + 1} is {value} (training examples {shown}): {way_out(folder)}")
+    return values[0]
+
+
+def examples_of_step(step: int, examples: Dataset, options: TrainingOptions) -> list[int]:
+    """Numbers of the training examples that a step reads."""
+    count = options.accumulate
+    sampler = StepSampler(
+        examples.length, len(examples), options.batch_size, (step + 1) * count, options.seed, examples.curriculum,
+        skip=step * count,
+    )  # fmt: skip
+    return [number for batch in sampler for number in batch]
+
+
+# ------------------------------------------------------------------------------------------------------ what fits
+KEPT = 8  # times its input: less than a decoder layer and its cross-attention keep for the backward pass
+ORDER = 40  # bytes for each example of an epoch, to draw the order
+
+
+def validation_batches(
+    options: TrainingOptions, model: VisionLanguageModel, collate: Collate, train: Dataset, validation: Dataset
+) -> int:
+    """Batches of a validation: those of the option, but no more than there are examples for.
+
+    Raises InputError if they, or the order of the training examples, or on a CPU a training step, need more memory than
+    there is. (All three are lower bounds.)
+    """
+    size = min(options.batch_size, len(validation))
+    count = min(options.eval_batches, math.ceil(len(validation) / size))
+    one = collate([validation[0]])
+    read = sum(value.nbytes for value in one.inputs().values() if isinstance(value, Tensor))
+    must_fit(count * size * read, f"{count:,} batches of validation", "lower --eval-batches or --batch-size")
+    must_fit(ORDER * len(train), f"the order of {len(train):,} examples", "lower --steps, --accumulate or --batch-size")
+    if next(model.vision_tokenizer.parameters()).device.type == "cpu":
+        lm, size = model.lang_encoder.config, min(options.batch_size, len(train))
+        layers = 1 if options.gradient_checkpointing else lm.num_hidden_layers
+        kept = KEPT * layers * one.input_ids.numel() * lm.hidden_size * 4
+        must_fit(size * (read + kept), f"--batch-size {size:,}", "lower it and raise --accumulate by the same factor")
+    return count
