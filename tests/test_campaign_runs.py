@@ -28,7 +28,7 @@ from flamingo.data.batches import StepSampler
 from flamingo.errors import InputError, run_command
 from flamingo.fast.device import pick_device
 from flamingo.files import UNFINISHED, asset, write_atomically, write_json
-from flamingo.interop.backbones import build_flamingo, load_language_model, load_vision_encoder
+from flamingo.interop.backbones import _backbone_samples, build_flamingo, load_language_model, load_vision_encoder
 from flamingo.limits import checked, machine_memory
 from flamingo.presets import PRESETS, model_config, training_options
 from flamingo.run_folder import LOCK, METRICS, RESUME_POINT, SUMMARY, held, in_run_folder, new, read_summary
@@ -435,6 +435,7 @@ def held_new(folder: str):
 def points(tmp_path) -> ResumePoints:
     """Of a tiny model after a step."""
     model = tiny_flamingo()
+    model.backbone_samples = _backbone_samples(model)  # as of a model whose backbones have names
     adamw = make_optimizer(model, TrainingOptions())
     for parameter in model.parameters():
         if parameter.requires_grad:
