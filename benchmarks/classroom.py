@@ -39,7 +39,7 @@ def measure(args) -> dict:
     model.to(args.device).train()
     enable(model)
     examples, _ = training_sets(options)
-    examples.curriculum = ()  # the shorter texts of the beginning
+    examples.curriculum = (0, 0)  # the shorter texts of the beginning
     steps = 3 if args.quick else 16 * args.rounds
     stream = iter(
         batches(

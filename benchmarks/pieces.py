@@ -73,7 +73,7 @@ def default_run(args) -> tuple[nn.Module, list[Batch]]:
     options = parse_training_options([])
     model, processor, _ = build_flamingo(model_config(options))
     examples, _ = training_sets(options)
-    examples.curriculum = ()  # the shorter texts of the beginning
+    examples.curriculum = (0, 0)  # the shorter texts of the beginning
     count = 2 if args.quick else 12
     collate = Collate(processor, options.max_tokens, layout=True)
     return model, list(batches(examples, collate, batch_size=options.batch_size, steps=count, seed=0))

@@ -273,7 +273,8 @@ def test_files_are_captioned_from_the_shell(folder, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path}/one.png\t")
     (tmp_path / "two.png").write_text("no picture")
     failed = subprocess.run([*command, str(tmp_path / "two.png")], capture_output=True, text=True)
-    assert failed.returncode == 2 and "cannot be read as a picture" in failed.stderr.splitlines()[-1]
+    assert failed.returncode == 2 and "cannot be read as a picture" in failed.stderr
+    assert failed.stderr.splitlines()[-1].endswith("1 of 1 pictures could not be captioned")
 
 
 def test_a_device_map_is_one_device_or_refused():

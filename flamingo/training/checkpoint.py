@@ -146,9 +146,11 @@ def check_finite(tensors: dict[str, Tensor], where: str, way_out: str) -> None:
 # ------------------------------------------------------------------------------------------------- what is read
 def load_trained(model: VisionLanguageModel, tensors: dict[str, Tensor], where: str) -> None:
     """Put saved tensors into a freshly built model. Raises InputError if one of its own is missing, one is unknown, or
-    of another shape. (Those of a backbone that is no longer the named one may be among them.)"""
+    of another shape. (Those of a backbone that is no longer the named one may be among them; a model built from live
+    parts has its backbones already.)"""
     every = dict(model.named_parameters())
-    missing, unknown = sorted(own_tensors(model).keys() - tensors.keys()), sorted(tensors.keys() - every.keys())
+    own = own_tensors(model) if hasattr(model, "backbone_samples") else model.trainable_state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - every.keys())
     other_shape = [name for name in every.keys() & tensors.keys() if every[name].shape != tensors[name].shape]
     if missing or unknown or other_shape:
         example = (missing or unknown or other_shape)[0]
