@@ -40,6 +40,8 @@ from flamingo.training.optimizer import make_optimizer
 from flamingo.training.resume import ResumePoints, read_facts
 
 ROOT = Path(__file__).resolve().parent.parent
+# A command that a shell started in the background ignores Ctrl-C, and so would its children.
+HEARS_CTRL_C = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 ASSETS = asset("classroom/flamingo")
 
 
@@ -757,7 +759,7 @@ run_command("it", command)
 
 
 def test_ctrl_c_cannot_be_swallowed_and_names_the_command_that_goes_on():
-    result = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, **HEARS_CTRL_C)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "\nit: stopped; give it again\n")
 
 
@@ -782,7 +784,7 @@ run_command("it", lambda: in_run_folder(train, training_options({"out": sys.argv
 def test_what_ctrl_c_says_where_a_run_is(written, word, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-c", STOPPED, folder, *written]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **HEARS_CTRL_C)
     assert result.returncode == 130 and result.stderr.startswith(f"\nit: stopped; {word.format(folder)}")
     assert names(folder) == sorted([LOCK, *written])
     with held(folder):  # the lock ended with its process
@@ -806,7 +808,7 @@ SHORT = ["--batch-size", "2", "--eval-batches", "1", "--eval-every", "9", "--dev
 def start(*arguments, **how) -> subprocess.Popen:
     words = [sys.executable, ROOT / "train.py", *map(str, arguments)]
     how |= {"cwd": ROOT, "env": os.environ | {"HF_HUB_OFFLINE": "1"}, "text": True}
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how)
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **(HEARS_CTRL_C | how))
 
 
 def one_sentence(process: subprocess.Popen, *words: str) -> None:

@@ -50,7 +50,7 @@ def test_a_step_takes_a_few_captions_of_a_picture_and_an_epoch_takes_all(tmp_pat
     assert len(batch.labels) <= 4 * 8 and len(batch.pixel_values) == 4
     few = training_sets(TrainingOptions(data=str(source), captions_per_picture=1000))[0]
     assert len(few) == 4 and len(few.texts(0)) == 100
-    with pytest.raises(InputError, match="--captions-per-picture must be greater than 0"):
+    with pytest.raises(InputError, match="--captions-per-picture must be at least 1"):
         parse_training_options(["--captions-per-picture", "0"])
 
 
