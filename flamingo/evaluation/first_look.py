@@ -31,8 +31,8 @@ READ_ON = 'see "Troubleshooting" in README.md'
 
 @dataclass(frozen=True)
 class FirstLook:
-    """looks: better with the picture than without (and than another's, where it is no match) by more than chance. sentence: for the terminal. facts: for
-    summary.json."""
+    """looks: better with the picture than without it by more than chance, and, on a captioned set, a better match for
+    its own picture than for another's. sentence: for the terminal. facts: for summary.json."""
 
     looks: bool
     sentence: str
