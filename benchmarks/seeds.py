@@ -8,7 +8,6 @@ other closed, a curve for every seed, and what the worst one confuses. Seeds who
 again.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import common
-from flamingo.data.processor import Chunk
 from flamingo.errors import InputError
 from flamingo.evaluation.confusions import confusion_table, confusions
 from flamingo.evaluation.controls import by_group
@@ -26,32 +24,28 @@ from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.run import BINDING_WAYS, EPISODES, NAMES, SCENES_OF_A_NAME
 from flamingo.evaluation.single_objects import add_single_objects, binding_episodes
-from flamingo.evaluation.test_set import Item, classroom_items
+from flamingo.evaluation.test_set import classroom_items
 from flamingo.fast.inference import prepare_to_generate
 from flamingo.figures.run_figures import plt
-from flamingo.files import read_json
+from flamingo.run_folder import METRICS, SUMMARY, read_summary
 from flamingo.training.checkpoint import load_model
+from flamingo.training.log import read_metrics
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def run_seed(seed: int, folder: Path, options: list[str]) -> None:
     """`python train.py --seed SEED`, unless it was run before. Raises InputError if it fails."""
-    if (folder / "summary.json").exists():
+    if (folder / SUMMARY).exists():
         return
     command = [sys.executable, str(TRAIN), "--seed", str(seed), "--out", str(folder), *options]
     if subprocess.run(command).returncode:
         raise InputError(f"seed {seed}: train.py did not finish (see above); its folder is {folder}")
 
 
-def captions_of(predictor: Predictor, parts: Parts, items: list[Item], rows: list[int], title: str) -> list[str]:
-    texts = [[Chunk(row, item.prompt)] for row, item in zip(rows, items, strict=True)]
-    return parts.keep(title, lambda: predictor.predict(texts, title))
-
-
 def score_seed(folder: Path, n: int) -> dict:
     """What README reports of a seed: exact match in all, by number of things, of novel objects, and gate by gate."""
-    summary = read_json(folder / "summary.json")
+    summary, _ = read_summary(folder)
     model, processor, _ = load_model(folder)
     prepare_to_generate(model, summary["dtype"])
     predictor = Predictor(model, processor, summary["dtype"])
@@ -60,29 +54,28 @@ def score_seed(folder: Path, n: int) -> dict:
     singles = add_single_objects(predictor, "train", 0, NAMES, SCENES_OF_A_NAME)
     episodes = binding_episodes(singles, min(EPISODES, n), 0, BINDING_WAYS[-1])
     parts = Parts(folder, {"benchmark": "seeds", "n": n})
-    captions = captions_of(predictor, parts, items, rows, "test scenes")
+    captions = parts.keep("test scenes", lambda: predictor.caption(rows, items, "test scenes"))
     marks = exact_match(captions, [item.truths for item in items])
-    marks_novel = exact_match(
-        captions_of(predictor, parts, novel, novel_rows, "novel"), [item.truths for item in novel]
-    )
+    captions_novel = parts.keep("novel", lambda: predictor.caption(novel_rows, novel, "novel"))
+    marks_novel = exact_match(captions_novel, [item.truths for item in novel])
     found = confusions([item.scene for item in items], [item.truths[0] for item in items], captions)
     result = {
         "seed": summary["seed"], "seconds": summary["seconds"], "exact_match": float(marks.mean()),
         "by_objects": {group: float(marks[which].mean()) for group, which in by_group(items).items()},
         "novel": float(marks_novel.mean()),
         "novel_by_objects": {group: float(marks_novel[which].mean()) for group, which in by_group(novel).items()},
-        "gates": without_each_gate(predictor, parts, items, rows, episodes, 0),
+        "gates": without_each_gate(predictor, parts, items, rows, captions, episodes, "fast binding", 0),
         "confusions": {kind: counter.most_common() for kind, counter in found.items()},
-        "table": confusion_table(found), "curve": curve_of(folder),
+        "table": confusion_table(found), "curve": curve_of(folder, summary["steps"]),
     }  # fmt: skip
     parts.finish()
     return result
 
 
-def curve_of(folder: Path) -> list[tuple[int, float]]:
+def curve_of(folder: Path, steps: int) -> list[tuple[int, float]]:
     """(step, exact match of the validation scenes) of every validation."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [(entry["step"], entry["exact_match"]) for entry in lines if "exact_match" in entry]
+    entries = read_metrics(folder / METRICS, steps)
+    return [(entry["step"], entry["exact_match"]) for entry in entries if "exact_match" in entry]
 
 
 def draw(result: dict, path: Path) -> None:

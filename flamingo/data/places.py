@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flamingo.errors import InputError
+from flamingo.files import one_line
+from flamingo.run_folder import METRICS, RESUME_POINT, SUMMARY
 
 MOST_BYTES = 512 * 2**20  # of a picture file
 SPLITS = {
@@ -34,8 +36,8 @@ def cause_of(error: BaseException) -> str:
     """What lies at the bottom of a library's error, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if lines[0].isprintable() else repr(lines[0])
+    line = one_line(error)
+    return line if line.isprintable() else repr(line)
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,9 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Has train.py written this folder? An unfinished run has resume.safetensors, a finished one summary.json."""
-    has = [(folder / name).exists() for name in ("metrics.jsonl", "resume.safetensors", "summary.json")]
-    return has[0] and any(has[1:])
+    """Has train.py written this folder?"""
+    has = lambda name: (folder / name).exists()  # noqa: E731
+    return has(METRICS) and (has(RESUME_POINT) or has(SUMMARY))  # unfinished, or finished
 
 
 def split_named_by(folders: tuple[str, ...]) -> str | None:

@@ -14,13 +14,13 @@ It is where the model looked, not proof of why it chose a word. In the classroom
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from flamingo.classroom import scenes
 from flamingo.data.processor import Chunk, FlamingoProcessor
@@ -51,17 +51,21 @@ def resampler_weights(attn: PerceiverAttention, x: Tensor, latents: Tensor) -> T
 
 
 @contextmanager
-def recorded_cross_attention(model: Flamingo) -> Iterator[list[Tensor]]:
-    """Inside, a list that each cross-attention adds its weights (B, h, T_txt, T_img·n) to, computed a second time."""
+def _recorded(modules: Sequence[nn.Module], weights: Callable[..., Tensor]) -> Iterator[list[Tensor]]:
+    """Inside, a list that each module adds `weights(module, *its inputs)` to, in the order of the calls."""
     recorded: list[Tensor] = []
-    look = lambda attn, inputs: recorded.append(cross_attention_weights(attn, *inputs))  # noqa: E731
-    layers = [layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()]
-    hooks = [attn.register_forward_pre_hook(look) for attn in layers]
+    look = lambda module, inputs: recorded.append(weights(module, *inputs))  # noqa: E731
+    hooks = [module.register_forward_pre_hook(look) for module in modules]
     try:
         yield recorded
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def recorded_cross_attention(model: Flamingo, weights: Callable[..., Tensor] = cross_attention_weights):
+    """Inside, a list that each cross-attention adds its weights (B, h, T_txt, T_img·n) to, computed a second time."""
+    return _recorded([layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()], weights)
 
 
 @dataclass
@@ -76,22 +80,12 @@ class Recorded:
 @contextmanager
 def recorded_attention(model: Flamingo) -> Iterator[Recorded]:
     """Inside, every attention of the model's new parts is computed a second time and recorded."""
-    recorded = Recorded([], [])
-
-    def look(attn: MaskedCrossAttention, inputs: tuple) -> None:
-        recorded.text_to_latents.append(cross_attention_weights(attn, *inputs).mean(dim=1))
-
-    def resample(attn: PerceiverAttention, inputs: tuple) -> None:
-        recorded.resampler.append(resampler_weights(attn, *inputs).mean(dim=1))
-
-    layers = [layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()]
-    hooks = [attn.register_forward_pre_hook(look) for attn in layers]
-    hooks += [attn.register_forward_pre_hook(resample) for attn, _ in model.vision_tokenizer.layers]
-    try:
-        yield recorded
-    finally:
-        for hook in hooks:
-            hook.remove()
+    resampler = [attn for attn, _ in model.vision_tokenizer.layers]
+    with (
+        recorded_cross_attention(model, lambda *call: cross_attention_weights(*call).mean(dim=1)) as looks,
+        _recorded(resampler, lambda *call: resampler_weights(*call).mean(dim=1)) as resampled,
+    ):
+        yield Recorded(looks, resampled)
 
 
 def latents_to_patches(resampler: Sequence[Tensor], patches: int) -> Tensor:

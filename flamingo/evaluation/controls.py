@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flamingo.data.processor import Chunk
 from flamingo.evaluation.metrics import bootstrap_interval, caption_metrics, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
@@ -38,8 +37,7 @@ def answer_all(
     others = rows[1:] + rows[:1]
 
     def predict(pictures: Sequence[int], asked: Sequence[Item], title: str, **control) -> list[str]:
-        texts = [[Chunk(row, item.prompt)] for row, item in zip(pictures, asked, strict=True)]
-        return parts.keep(title, lambda: predictor.predict(texts, title, **control))
+        return parts.keep(title, lambda: predictor.caption(pictures, asked, title, **control))
 
     return {
         "own": predict(rows, items, "captioning"),

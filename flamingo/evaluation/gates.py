@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import torch
 
-from flamingo.data.processor import Chunk
 from flamingo.evaluation.metrics import exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
@@ -37,31 +36,32 @@ def closed_gate(model: Flamingo, layer: int) -> Iterator[None]:
 
 
 def without_each_gate(
-    predictor: Predictor, parts: Parts, items: Sequence[Item], rows: Sequence[int], episodes: Sequence[Episode],
-    seed: int,
+    predictor: Predictor, parts: Parts, items: Sequence[Item], rows: Sequence[int], captions: Sequence[str],
+    episodes: Sequence[Episode], title: str, seed: int,
 ) -> list[dict[str, float]]:  # fmt: skip
     """For each layer {gate, exact_match, exact_match_closed, binding, binding_closed}: tanh of its attention gate, the
-    exact match of the first items and the accuracy of fast binding as the model is, and with this gate closed."""
-    items = items[:CAPTIONED]
-    texts = [[Chunk(row, item.prompt)] for row, item in zip(rows, items, strict=False)]
+    exact match of the first items and the accuracy of fast binding as the model is, and with this gate closed.
+
+    captions: of the items, as the model is. title: under which `parts` keeps its predictions for the episodes.
+    """
+    items, rows = items[:CAPTIONED], rows[:CAPTIONED]
     truths = [item.truths for item in items]
 
-    def measured(title: str) -> tuple[float, float]:
-        captions = parts.keep(title, lambda: predictor.predict(texts, title))
-        bound = binding_marks(predictor, parts, episodes, f"fast binding, {title}", seed)
+    def score(captions: Sequence[str], title: str) -> tuple[float, float]:
+        bound = binding_marks(predictor, parts, episodes, title, seed)
         return float(exact_match(captions, truths).mean()), float(bound.mean())
 
-    own, result = measured("all gates open"), []
+    exact, binding = score(captions[:CAPTIONED], title)
+    result = []
     for layer, (gate, _) in enumerate(predictor.model.gates()):
+        closing = f"gate {layer} closed"
         with closed_gate(predictor.model, layer):
-            closed = measured(f"gate {layer} closed")
-        scores = {
-            "exact_match": own[0],
-            "exact_match_closed": closed[0],
-            "binding": own[1],
-            "binding_closed": closed[1],
-        }
-        result.append({"gate": gate} | scores)
+            said = parts.keep(closing, lambda: predictor.caption(rows, items, closing))  # noqa: B023 (called at once)
+            exact_closed, binding_closed = score(said, f"{title}, {closing}")
+        result.append({
+            "gate": gate, "exact_match": exact, "exact_match_closed": exact_closed,
+            "binding": binding, "binding_closed": binding_closed,
+        })  # fmt: skip
     return result
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from flamingo.data.processor import Chunk, FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.evaluation import captioning
+from flamingo.evaluation.test_set import Item
 from flamingo.fast.precision import autocast
 from flamingo.interop import compat
 from flamingo.model.vlm import Flamingo
@@ -58,6 +59,12 @@ class Predictor:
         return captioning.continue_texts(
             self.model, self.processor, self.latents, texts, blind=blind, autocast=self.autocast, progress=title
         )
+
+    def caption(self, rows: Sequence[int], items: Sequence[Item], title: str, *, blind: bool = False) -> list[str]:
+        """What the model generates after each item's prompt, beside the picture of the bank in the same place of
+        `rows`: its own, or as a control another's."""
+        texts = [[Chunk(row, item.prompt)] for row, item in zip(rows, items, strict=True)]
+        return self.predict(texts, title, blind=blind)
 
     def choose(
         self, texts: Sequence[Sequence[Chunk]], answers: Sequence[str], title: str, *, blind: bool = False

@@ -171,11 +171,10 @@ def _few_shot(result: dict) -> str:
     if "exact_match_style_given" in result:
         text += (
             f" With the style named by its cue and no example: {result['exact_match_style_given']:.3f} (novel objects "
-            f"{result['exact_match_novel_style_given']:.3f}). {binding_sentence(result['fast_binding'])}.".replace(
-                ". fast", ". Fast")
-        )  # fmt: skip
+            f"{result['exact_match_novel_style_given']:.3f}). {binding_sentence(result['fast_binding']).capitalize()}."
+        )
         if "closed_gates" in result:
-            text += f" {gates_sentence(result['closed_gates'])}."
+            text += f" {gates_sentence(result['closed_gates']).capitalize()}."
     drawn = [
         (figures.few_shot_figure(result), "Captions against the number of examples."),
         (figures.tasks_figure(result), "Answers against the number of examples."),

@@ -164,9 +164,10 @@ def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
         "attention", lambda: parts.keep("attention", lambda: attention_results(todo, predictions, predictor))
     )
     if todo.episodes:
-        episodes = todo.episodes[f"fast binding {BINDING_WAYS[-1]}"]
+        title = f"fast binding {BINDING_WAYS[-1]}"
         result["closed_gates"] = timed("gates", lambda: without_each_gate(
-            predictor, parts, test_set.items, todo.rows, episodes, todo.seed))  # fmt: skip
+            predictor, parts, test_set.items, todo.rows, predictions["own"], todo.episodes[title], title, todo.seed,
+        ))  # fmt: skip
     result["examples"] = [
         {"prompt": item.prompt, "said": text, "true": item.truths[0], "right": bool(right), "score": float(score)}
         for item, text, right, score in zip(
