@@ -1,9 +1,9 @@
 """Two tests on classroom pictures of one object: which of these is it, and can a name be learned from one showing?
 
-What this file teaches: *fast binding*. Two examples give made-up names to two drawn things, and a third picture shows
+What this file teaches: *fast binding*. Two examples give invented names to two drawn things, and a third picture shows
 one of them again, elsewhere, at another size, on another ground:
 
-    <image> dax<|endofchunk|><image> wug<|endofchunk|><image>        dax or wug?
+    <image> zuki<|endofchunk|><image> tavo<|endofchunk|><image>        zuki or tavo?
 
 The names mean nothing before and the order gives no hint, so only a model that compares the third picture with the
 first two can know; all others are right half of the time, with five examples a fifth of it. (The Open-Ended
