@@ -21,6 +21,7 @@ questions               classroom and sets with questions: shots: "0", "1", … 
 classification, classification_novel
                         classroom and sets with labels (not novel): the same for "which of these is it?", by
                         likelihood; chance, names (how many)
+                        (in the classroom without text_only_demos: the query's picture alone tells)
 one_word                classroom: chance; shots: the same, with text_only_demos and shuffled_demos
 fast_binding            classroom: accuracy, low, high, n, chance, and its controls blind, text_only_demos; novel: the
                         same for novel objects; five_way: both, of five examples
@@ -213,8 +214,7 @@ def few_shot_results(todo: Plan, predictions: dict[str, list[str]], predictor: P
     result["questions"] = {"shots": curve(tasks["questions"], how, predictor, parts)}
     for name in ("classification", "classification_novel"):
         task = tasks[name]
-        controls_of = ("text_only_demos",) if name == "classification" else ()
-        table = curve(task, how, predictor, parts, controls_of)
+        table = curve(task, how, predictor, parts, controls=())
         result[name] = {"chance": task.chance, "names": len(task.answers), "shots": table}
     both = ("text_only_demos", "shuffled_demos")
     result["one_word"] = {
