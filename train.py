@@ -38,7 +38,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     torch.manual_seed(options.seed)
     place = device.pick_device(options.device)
     device.tune(place)
-    model, processor, config = build_flamingo(model_config(options))
+    model, processor, config = build_flamingo(model_config(options), max_tokens=options.max_tokens)
     model.to(place).train()
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
@@ -89,11 +89,12 @@ def main(options: TrainingOptions, folder: Path) -> None:
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
-        adamw.step()
+        loss = loop.finite_loss(step, loss, norm, train_set, points)
+        if loss is not None:  # else the step is left out
+            adamw.step()
+            optimizer.open_gates(model, step, options)
         adamw.zero_grad(set_to_none=True)
-        optimizer.open_gates(model, step, options)
 
-        loss = loop.finite_loss(step, loss, norm, train_set, options, folder)
         log.step(step, loss, sum(len(batch.input_ids) for batch in group), adamw, bar)
         if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
             score = log.samples(model, processor, shown, lambda: precision.autocast(place, dtype), bar)

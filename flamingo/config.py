@@ -289,6 +289,9 @@ class TrainingOptions:
     weight_decay: float = option(0.05, "weight decay of the matrices; nothing else decays")
     warmup_steps: int = option(30, "optimizer steps of linear warmup, before the cosine")
     clip_norm: float = option(1.0, "largest norm of the gradient")
+    skip_bad_steps: int = option(
+        0, "steps that may be left out because their loss or gradient is not finite; one more ends the run"
+    )
     captions_per_picture: int = option(
         8, "captions of a picture in one step, at most; those that a picture has more come in other steps"
     )

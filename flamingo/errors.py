@@ -17,6 +17,10 @@ from collections.abc import Callable, Iterator
 class InputError(ValueError):
     """A mistake in an option, a path, the data or a checkpoint. Commands print it and exit with 2."""
 
+    def __init__(self, sentence: object = ""):
+        # What a process that prepares pictures raises, torch raises again with its traceback in front of the sentence.
+        super().__init__(str(sentence).rpartition(f"{__name__}.InputError: ")[2].strip())
+
 
 class OneSentenceParser(argparse.ArgumentParser):
     """argparse prints its usage before a mistake; one sentence is enough."""

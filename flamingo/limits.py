@@ -29,6 +29,7 @@ RANGES = {
     "gate_lr": (POSITIVE, 1e6), "weight_decay": (0.0, 1e6), "warmup_steps": (0, 10**9), "clip_norm": (POSITIVE, 1e30),
     "max_tokens": (1, 10**6), "eval_every": (1, 10**9), "save_every": (1, 10**9), "eval_batches": (1, 10**9),
     "workers": (0, 512), "captions_per_picture": (1, 10**6), "gate_opening": (0.0, 0.999),
+    "skip_bad_steps": (0, 10**9),
     # a step and a validation in metrics.jsonl: losses may be anything finite
     "step": (0, 10**9), "loss": (-1e30, 1e30), "val_loss": (-1e30, 1e30), "val_loss_blind": (-1e30, 1e30),
     "attn": (-1.0, 1.0), "ff": (-1.0, 1.0), "final_val_loss": (-1e30, 1e30), "final_val_loss_blind": (-1e30, 1e30),

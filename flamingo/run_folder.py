@@ -134,7 +134,8 @@ def _how_to_go_on(folder: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------- a finished run
 SUMMARY_FIELDS = {
-    "preset": str, "seconds": float, "seconds_to_first_step": "float | None", "steps": int, "captions_seen": int,
+    "preset": str, "seconds": float, "seconds_to_first_step": "float | None", "steps": int, "steps_left_out": int,
+    "captions_seen": int,
     "captions_per_second": float, "final_val_loss": float, "final_val_loss_blind": float,
     "trainable_parameters": int, "frozen_parameters": int, "peak_memory_bytes": "int | None", "device": str,
     "dtype": str, "seed": int, "options": dict, "validation_captions": "dict | None",

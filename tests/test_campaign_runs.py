@@ -64,7 +64,7 @@ def refused(capsys):
 # ------------------------------------------------------------------------------------------------- options of train.py
 NUMBERS = ["seed", "steps", "batch_size", "accumulate", "lr", "gate_lr", "weight_decay", "warmup_steps", "clip_norm",
            "max_tokens", "eval_every", "save_every", "eval_batches", "workers", "gate_opening",
-           "captions_per_picture"]  # fmt: skip
+           "captions_per_picture", "skip_bad_steps"]  # fmt: skip
 WHOLE = [name for name in NUMBERS if TrainingOptions.__dataclass_fields__[name].type is int]
 BAD_TRAINING = (
     [[f"--{name.replace('_', '-')}={value}"] for name in NUMBERS for value in ("-1", "1e400", "nan", "", "many")]
@@ -72,7 +72,7 @@ BAD_TRAINING = (
     + [[f"--{name.replace('_', '-')}={value}"] for name in ("lr", "gate_lr", "clip_norm", "weight_decay")
        for value in ("inf", "-inf", "1e300")]
     + [[f"--{name.replace('_', '-')}", "0"] for name in NUMBERS
-       if name not in ("seed", "weight_decay", "warmup_steps", "workers", "gate_opening")]
+       if name not in ("seed", "weight_decay", "warmup_steps", "workers", "gate_opening", "skip_bad_steps")]
     + [[f"--{name}", value] for name in ("out", "cache", "data", "lm", "clip-model-type", "device", "dtype", "preset",
                                          "image-column", "caption-columns") for value in ("", "  ")]
     + [["--seed", str(2**64)], ["--steps", str(10**12)], ["--batch-size", "9999999", "--steps", "999999999"]]
@@ -249,8 +249,8 @@ def facts_file(folder: Path, facts: dict | str) -> None:
     save_file({"x": torch.zeros(1)}, folder / RESUME_POINT, metadata={"resume": text})
 
 
-GOOD_FACTS = {"step": 3, "dtype": "float32", "options": dataclasses.asdict(TrainingOptions()), "backbones": "0" * 16,
-              "data": "0" * 16, "tensors": "0" * 16}  # fmt: skip
+GOOD_FACTS = {"step": 3, "skipped": 0, "dtype": "float32", "options": dataclasses.asdict(TrainingOptions()),
+              "backbones": "0" * 16, "data": "0" * 16, "tensors": "0" * 16}  # fmt: skip
 
 
 def test_mutated_facts_of_a_resume_point(tmp_path):
@@ -520,14 +520,14 @@ def test_data_or_backbones_that_have_changed_since(points, tmp_path):
     (float("nan"), 1.0, "the loss of step 3 is nan"), (float("inf"), 1.0, "the loss of step 3 is inf"),
     (1.0, float("nan"), "the gradient's norm of step 3 is nan"), (1.0, float("-inf"), "the gradient's norm"),
 ])  # fmt: skip
-def test_a_step_that_is_not_finite_ends_the_run(loss, norm, what, tmp_path):
+def test_a_step_that_is_not_finite_ends_the_run(loss, norm, what, points, tmp_path):
     facts_file(tmp_path, GOOD_FACTS)
     examples = Captions(*"abcdefgh")
     examples.length = lambda index: 1
-    given = options(batch_size=2, accumulate=2, seed=5)
-    assert loop.finite_loss(2, torch.tensor(1.5), torch.tensor(0.5), examples, given, tmp_path) == 1.5
+    points.options = options(batch_size=2, accumulate=2, seed=5)
+    assert loop.finite_loss(2, torch.tensor(1.5), torch.tensor(0.5), examples, points) == 1.5
     with pytest.raises(InputError, match=what) as stopped:
-        loop.finite_loss(2, torch.tensor(loss), torch.tensor(norm), examples, given, tmp_path)
+        loop.finite_loss(2, torch.tensor(loss), torch.tensor(norm), examples, points)
     steps = list(StepSampler(examples.length, 8, 2, steps=6, seed=5))
     read = ", ".join(map(str, [*steps[4], *steps[5]]))
     assert f"(training examples {read})" in str(stopped.value) and "keeps the state of step 3" in str(stopped.value)
@@ -649,6 +649,12 @@ def test_a_known_kind_of_model_is_loaded_without_the_code_beside_it(tmp_path):
     code_of_its_own(folder, "opt")
     assert load_language_model(str(folder))[0].config.hidden_size == 192
     assert not (folder / "ran").exists()
+
+
+def test_texts_longer_than_the_positions_are_refused_before_weights_are_read(monkeypatch, refused):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    build = lambda: build_flamingo(model_config(options()), max_tokens=513)  # noqa: E731
+    refused(build, "--max-tokens 513", "its 512 positions")
 
 
 @pytest.mark.parametrize("name", ["/nope", "./nope", "~/nope/nope", "../nope"])

@@ -86,7 +86,7 @@ def result(predictor, test_set, tmp_path_factory) -> dict:
 
 # ------------------------------------------------------------------------------------------------------ controls
 def items_of(captions: list[str]) -> list[Item]:
-    return [Item(Image.new("RGB", (8, 8)), "", [caption], "1") for caption in captions]
+    return [Item(lambda: Image.new("RGB", (8, 8)), "", [caption], "1") for caption in captions]
 
 
 def test_the_verdict_tells_a_model_that_looks_from_one_that_does_not():

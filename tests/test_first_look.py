@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from flamingo.classroom.examples import ClassroomScenes
-from flamingo.data.batches import Example
 from flamingo.data.processor import Chunk
 from flamingo.evaluation import first_look as module
 from flamingo.evaluation.first_look import first_look, validation_items
@@ -29,8 +28,14 @@ class Captioned:
     def __len__(self):
         return len(self.captions)
 
-    def __getitem__(self, i):
-        return Example([Image.new("RGB", (96, 96), (60 * i, 80, 20))], [[Chunk(0, "", c)] for c in self.captions[i]])
+    def texts(self, i):
+        return [[Chunk(0, "", c)] for c in self.captions[i]]
+
+    def numbers(self, i):
+        return slice(i, i + 1)
+
+    def picture(self, i):
+        return Image.new("RGB", (96, 96), (60 * i, 80, 20))
 
 
 def test_the_trained_classroom_model_looks(trained):

@@ -95,7 +95,7 @@ class Scripted:
 def asked_about(
     questions: list[list[Question]], support: list[list[Question]]
 ) -> tuple[EvaluationSet, list[int], list[int]]:
-    items, shown = ([Item(picture(), "", ["a"], "1", questions=q) for q in own] for own in (questions, support))
+    items, shown = ([Item(picture, "", ["a"], "1", questions=q) for q in own] for own in (questions, support))
     return (
         EvaluationSet("x", "test", items, [], shown, left_out=0),
         list(range(len(items))),
@@ -142,7 +142,7 @@ def test_questions_go_round_the_pictures():
 
 
 def test_a_class_is_chosen_among_all_names(tmp_path):
-    items = [Item(picture(), "", ["x"], "1", label=name) for name in ("hot dog", "cat", None, "cat")]
+    items = [Item(picture, "", ["x"], "1", label=name) for name in ("hot dog", "cat", None, "cat")]
     test_set = EvaluationSet("x", "test", items, [], items[:3], names=["cat", "cow", "hot dog"])
     task = classes_of_set(test_set, [0, 1, 2, 3], [10, 11, 12], 10, "Output:")
 

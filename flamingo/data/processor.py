@@ -9,7 +9,7 @@ another, and between them may stand a *prompt* (a cue, a question), which is giv
 evaluation, which also have to know which tokens are the prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,7 +201,7 @@ class FlamingoProcessor(ProcessorMixin):
             text = text.replace(token, "")
         return text.strip()
 
-    def preprocess_images(self, pictures: Picture | Sequence) -> Tensor:
+    def preprocess_images(self, pictures: Picture | Iterable[Picture]) -> Tensor:
         """N pictures (see `__call__`) → (N, F=1, C, H, W)."""
         pictures = [pictures] if is_picture(pictures) else pictures
         return torch.stack([self.image_processor(as_pil(picture)) for picture in pictures])[:, None]

@@ -19,11 +19,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from flamingo.classroom import scenes
 from flamingo.data.processor import Chunk, FlamingoProcessor
+from flamingo.evaluation.captioning import Picture, prepared
 from flamingo.model.cross_attention import MaskedCrossAttention, MediaMask
 from flamingo.model.resampler import PerceiverAttention
 from flamingo.model.vlm import Flamingo
@@ -140,7 +140,7 @@ def _word_tokens(processor: FlamingoProcessor, ids: Sequence[int]) -> list[tuple
 def word_looks(
     model: Flamingo,
     processor: FlamingoProcessor,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Picture],
     prompts: Sequence[str],
     captions: Sequence[str],
     *,
@@ -153,7 +153,7 @@ def word_looks(
     looks = []
     for first in range(0, len(pictures), batch_size):
         numbers = range(first, min(first + batch_size, len(pictures)))
-        pixels = processor.preprocess_images([pictures[i] for i in numbers]).to(device)[:, None]
+        pixels = prepared(processor, [pictures[i] for i in numbers]).to(device)[:, None]
         given = [processor.encode_chunks([Chunk(0, prompts[i], captions[i])])[0] for i in numbers]
         drawn = [len(processor.encode_chunks([Chunk(0, prompts[i])], open_end=True)[0]) for i in numbers]
         input_ids, attention_mask = (t.to(device) for t in processor.pad(given))

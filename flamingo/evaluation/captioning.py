@@ -13,14 +13,20 @@ from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
 from flamingo.model.vlm import Flamingo
 
 NEW_TOKENS = 32  # longest caption, in tokens
+Picture = Image.Image | Callable[[], Image.Image]  # one, or what reads it when it is needed
 CANDIDATES = 640  # answers scored at a time, over all texts: the logits of each need memory
+
+
+def prepared(processor: FlamingoProcessor, pictures: Sequence[Picture]) -> Tensor:
+    """N pictures → (N, F=1, C, H, W). One after the other is opened, so that no two large ones are in memory."""
+    return processor.preprocess_images(picture() if callable(picture) else picture for picture in pictures)
 
 
 @torch.no_grad()
 def encode_and_pool(
     model: Flamingo,
     processor: FlamingoProcessor,
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Picture],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     batch_size: int = 64,
@@ -35,7 +41,7 @@ def encode_and_pool(
     bar = tqdm(total=len(pictures), desc=progress, disable=progress is None, leave=False)
     with autocast():
         for first in range(0, len(pictures), batch_size):
-            pixels = processor.preprocess_images(pictures[first : first + batch_size]).to(device)
+            pixels = prepared(processor, pictures[first : first + batch_size]).to(device)
             features = model.encode_images(pixels)  # (N, F, v, d)
             latents.append(model.tokenize_images(features).float())
             pooled.append(F.normalize(features.float().mean(dim=(1, 2)), dim=-1))
@@ -44,7 +50,7 @@ def encode_and_pool(
     return torch.cat(latents), torch.cat(pooled)
 
 
-def encode_pictures(model: Flamingo, processor: FlamingoProcessor, pictures: Sequence[Image.Image], **how) -> Tensor:
+def encode_pictures(model: Flamingo, processor: FlamingoProcessor, pictures: Sequence[Picture], **how) -> Tensor:
     """N pictures → the bank of their latents (N, n, d). how: see `encode_and_pool`."""
     return encode_and_pool(model, processor, pictures, **how)[0]
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -46,10 +47,9 @@ def validation_items(examples: Dataset, seed: int) -> list[Item]:
     order = random.Random(f"first look {seed}").sample(range(len(examples)), len(examples))
     items = []
     for i in order:
-        example = examples[i]
         # Of a document only a picture that stands first: what follows it may belong to another one.
-        truths = [text[0].caption for text in example.texts if text[0].picture == 0 and text[0].caption]
-        items += [Item(example.pictures[0], "", truths, "")] if truths else []
+        truths = [text[0].caption for text in examples.texts(i) if text[0].picture == 0 and text[0].caption]
+        items += [Item(partial(examples.picture, examples.numbers(i).start), "", truths, "")] if truths else []
         if len(items) == PICTURES:
             break
     return items
@@ -59,7 +59,7 @@ def own_captions(
     model: Flamingo, processor: FlamingoProcessor, items: Sequence[Item], autocast: Context, blind: bool = False
 ) -> list[str]:
     """A caption for each item, with its picture, or with none (blind)."""
-    latents = encode_pictures(model, processor, [item.picture for item in items], autocast=autocast)
+    latents = encode_pictures(model, processor, [item.open for item in items], autocast=autocast)
     return caption(model, processor, latents, [item.prompt for item in items], autocast=autocast, blind=blind)
 
 

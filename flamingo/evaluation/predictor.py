@@ -7,7 +7,6 @@ others). So all pictures are put into one bank first; it is encoded once, when t
 from collections.abc import Sequence
 from functools import cached_property
 
-from PIL import Image
 from torch import Tensor
 
 from flamingo.data.processor import Chunk, FlamingoProcessor
@@ -25,10 +24,10 @@ class Predictor:
     def __init__(self, model: Flamingo, processor: FlamingoProcessor, dtype: str = "float32"):
         self.model, self.processor, self.dtype = model, processor, dtype
         self.device = next(model.vision_tokenizer.parameters()).device
-        self.pictures: list[Image.Image] = []
+        self.pictures: list[captioning.Picture] = []
 
-    def add(self, pictures: Sequence[Image.Image]) -> list[int]:
-        """Put pictures into the bank → their rows. Raises RuntimeError once the bank has been encoded."""
+    def add(self, pictures: Sequence[captioning.Picture]) -> list[int]:
+        """Put pictures, or what opens them, into the bank → their rows. Raises RuntimeError once it is encoded."""
         if "_encoded" in self.__dict__:
             raise RuntimeError("the bank is encoded already: add all pictures first")
         first = len(self.pictures)
@@ -81,7 +80,7 @@ class Predictor:
 
     def check_room(self, shots: int, examples: Sequence[Chunk], queries: Sequence[Chunk]) -> None:
         """Raises InputError, naming the number that fits, if the longest examples could leave no room to generate."""
-        positions = compat.max_positions(self.model.lang_encoder)
+        positions = compat.max_positions(self.model.lang_encoder.config)
         if positions is None:
             return
         room = positions - captioning.NEW_TOKENS - len(self.processor.begin_ids) - max(map(self.length, queries))

@@ -92,8 +92,8 @@ def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace
 
     Raises InputError for shots that there are too few pictures or positions for.
     """
-    rows = predictor.add([item.picture for item in test_set.items])
-    novel_rows = predictor.add([item.picture for item in test_set.novel])
+    rows = predictor.add([item.open for item in test_set.items])
+    novel_rows = predictor.add([item.open for item in test_set.novel])
     shots = args.shots
     if shots is None:  # as many of the usual numbers as there are pictures for
         usual = CLASSROOM_SHOTS if test_set.classroom else SET_SHOTS
@@ -108,7 +108,7 @@ def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace
             f"--shots {max(shots)} asks for more examples than there are pictures to draw them from: {test_set.source} "
             f"has {len(test_set.support)}"
         )
-    support = predictor.add([item.picture for item in test_set.support])
+    support = predictor.add([item.open for item in test_set.support])
     n = min(args.queries, len(test_set.items))
     few = [test_set, support, args.template]
     tasks = {"captions": captioning_task("captions", test_set.items[:n], rows[:n], *few)}
@@ -243,7 +243,7 @@ def attention_results(todo: Plan, predictions: dict[str, list[str]], predictor: 
         predictions["own"][: LOOKED_AT[test_set.classroom]],
     )
     looks = attention.word_looks(
-        predictor.model, predictor.processor, [item.picture for item in items], [item.prompt for item in items],
+        predictor.model, predictor.processor, [item.open for item in items], [item.prompt for item in items],
         captions, autocast=predictor.autocast,
     )  # fmt: skip
     hits = {"attention_hit_rate": None, "chance": None, "n": 0}

@@ -7,8 +7,9 @@ as solved examples.
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
 
@@ -40,11 +41,12 @@ def support_size(n: int) -> int:
 class Item:
     """A picture, its prompt, the captions that are right, and its group in the table.
 
+    open: reads or draws the picture, each time it is needed: a thousand photographs held at once are 9 GB.
     scene: what is drawn, for a classroom picture. style: that of its caption. questions, label: what a captioned set
     asks about the picture, and its class name.
     """
 
-    picture: Image.Image
+    open: Callable[[], Image.Image]
     prompt: str
     truths: Sequence[str]
     group: str
@@ -52,6 +54,10 @@ class Item:
     style: str = ""
     questions: Sequence[Question] = ()
     label: str | None = None
+
+    @property
+    def picture(self) -> Image.Image:
+        return self.open()
 
     @property
     def captioned_by_class(self) -> bool:
@@ -98,7 +104,7 @@ def classroom_items(split: str, n: int, seed: int) -> list[Item]:
         scene = scenes.make_scene(seed, split, i)
         style = scenes.STYLES[i % len(scenes.STYLES)]
         count = str(len(scene.objects))
-        items.append(Item(scene.draw(), scenes.CUES[style], [scene.caption(style)], count, scene, style))
+        items.append(Item(scene.draw, scenes.CUES[style], [scene.caption(style)], count, scene, style))
     return items
 
 
@@ -111,7 +117,7 @@ def classroom_test_set(split: str | None, n: int, seed: int) -> EvaluationSet:
     novel = classroom_items("novel", max(2, n // 2), seed)
     # Numbers that no item has, should somebody score the training split.
     support = [scenes.make_scene(seed, "train", 2**42 + i) for i in range(support_size(n))]
-    shown = [Item(scene.draw(), "", [scene.caption(scenes.STYLES[0])], "", scene) for scene in support]
+    shown = [Item(scene.draw, "", [scene.caption(scenes.STYLES[0])], "", scene) for scene in support]
     return EvaluationSet("the classroom", split, items, novel, shown, classroom=True)
 
 
@@ -132,12 +138,12 @@ def _items(examples: CaptionedPictures, indices: Sequence[int], columns: AnswerC
     labels = labels_of(examples.rows, columns.label) if columns.label else None
     items, left_out = [], 0
     for i in indices:
-        example = examples[i]
         questions, unusable = questions_of_row(examples.row(i), columns)
         left_out += unusable
         label = labels[examples.kept[i]] if labels else None
-        truths, group = _captions(example.texts), str(len(example.pictures))
-        items.append(Item(example.pictures[0], "", truths, group, questions=tuple(questions), label=label))
+        pictures, truths = examples.numbers(i), _captions(examples.texts(i))
+        group, first = str(pictures.stop - pictures.start), partial(examples.picture, pictures.start)
+        items.append(Item(first, "", truths, group, questions=tuple(questions), label=label))
     return items, left_out
 
 

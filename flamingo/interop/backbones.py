@@ -133,11 +133,12 @@ def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = Fal
 
 
 # ---------------------------------------------------------------------------------------------- the language model
-def load_language_model(name: str, quantization=None):
+def load_language_model(name: str, quantization=None, max_tokens: int = 0):
     """A causal language model in float32 and its tokenizer, by Hugging Face id, folder, or `asset:…`.
 
-    quantization: one of transformers' quantization configs (4 or 8 bits a weight).
-    Raises InputError when either cannot be loaded, is not whole, or brings code of its own, which is never run.
+    quantization: one of transformers' quantization configs (4 or 8 bits a weight). max_tokens: of the longest text that
+    it is to read. Raises InputError when either cannot be loaded, is not whole, or brings code of its own, which is
+    never run; and, before its weights are read, if it has fewer positions than max_tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -155,6 +156,12 @@ def load_language_model(name: str, quantization=None):
                 "it brings code of its own, which is never run here: choose a model that transformers knows"
             ) from error
         _knows_words(tokenizer)
+        positions = compat.max_positions(config)
+        if positions is not None and max_tokens > positions:
+            raise InputError(
+                f"texts of --max-tokens {max_tokens} are longer than its {positions} positions: lower --max-tokens to "
+                f"{positions}"
+            )
         # The library's default dtype is that of the file: OPT would come as float16.
         options = {} if quantization is None else {"quantization_config": quantization}
         lm, found = AutoModelForCausalLM.from_pretrained(
@@ -184,17 +191,18 @@ class Built(NamedTuple):
     config: ModelConfig
 
 
-def build_flamingo(config: ModelConfig, quantization=None) -> Built:
+def build_flamingo(config: ModelConfig, quantization=None, max_tokens: int = 0) -> Built:
     """A model with fresh trained parts (seed torch first), and the processor that belongs to it.
 
     quantization: of the language model, one of transformers' configs. Its fingerprint is then taken on trust.
-    Raises InputError when a backbone cannot be loaded, has another width than the config says, or other weights than
-    the config's fingerprint; or a library is too old or new.
+    max_tokens: of the longest text that it is to be trained with.
+    Raises InputError when a backbone cannot be loaded, has another width than the config says, other weights than the
+    config's fingerprint, or too few positions for max_tokens; or a library is too old or new.
     """
     compat.check_versions()
     vision, language = config.vision, config.language
+    lm, tokenizer = load_language_model(language.name, quantization, max_tokens)
     encoder = load_vision_encoder(vision.name, norm=vision.feature_norm, class_token=vision.class_token)
-    lm, tokenizer = load_language_model(language.name, quantization)
     found = dataclasses.replace(
         config,
         vision=_as_found("dim_visual", vision, encoder.dim, encoder.fingerprint),

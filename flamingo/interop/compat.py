@@ -161,16 +161,16 @@ def takes_position_ids(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def max_positions(model: nn.Module) -> int | None:
-    """Tokens of the longest text; None for a model that sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
+def max_positions(config) -> int | None:
+    """Tokens of the longest text, by a language model's config; None for a model that sets no limit."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def check_length(model: nn.Module, tokens: Tensor, read: int) -> None:
     """Raises ValueError if tokens (B, T_txt, …), behind `read` others, are none or more than there are positions."""
     if tokens.numel() == 0:
         raise ValueError(f"the batch is empty: input_ids have the shape {tuple(tokens.shape)}")
-    positions, length = max_positions(model), read + tokens.shape[1]
+    positions, length = max_positions(model.config), read + tokens.shape[1]
     if positions is not None and length > positions:
         raise ValueError(
             f"a text of {length} tokens is longer than the {positions} positions of {model.config.model_type}: "

@@ -55,7 +55,7 @@ class TextGeneration:
 
     def check_room(self, length: int) -> None:
         """Raises ValueError if the language model has fewer positions than `length`."""
-        positions = compat.max_positions(self.lang_encoder)
+        positions = compat.max_positions(self.lang_encoder.config)
         if positions is not None and length > positions:
             raise ValueError(
                 f"prompt and new tokens need {length} positions, the language model has {positions}: shorten the "

@@ -13,7 +13,7 @@ from flamingo.fast.precision import autocast
 from flamingo.files import write_json
 from flamingo.interop.selfcheck import check_decoding
 from flamingo.model.vlm import VisionLanguageModel
-from flamingo.run_folder import RESUME_POINT, SUMMARY
+from flamingo.run_folder import METRICS, RESUME_POINT, SUMMARY
 from flamingo.training.checkpoint import save_model
 from flamingo.training.log import RunLog
 
@@ -38,6 +38,8 @@ def finish(
     }
     write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
     (folder / RESUME_POINT).unlink()
+    if summary["steps_left_out"]:
+        print(f"{summary['steps_left_out']} of {summary['steps']} steps were left out (see {folder}/{METRICS})")
     print(
         f"trained for {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
         f"{summary['final_val_loss_blind']:.3f} without\n"

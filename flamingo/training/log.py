@@ -28,6 +28,7 @@ SHOWN = 12  # pictures in samples.png
 
 # Fields of a line of metrics.jsonl.
 STEP = {"step": int, "loss": float, "lr": float, "captions": int, "seconds": float}
+LEFT_OUT = {"step": int, "left_out": str, "seconds": float}
 VALIDATION = {"step": int, "val_loss": float, "val_loss_blind": float, "attn": "list[float]", "ff": "list[float]"}
 SCORES = {"exact_match": float, "cider_d": float}  # one of them, if any picture has a caption to compare with
 
@@ -39,7 +40,8 @@ def read_metrics(file: Path, steps_done: int) -> list[dict]:
         where = f"line {number} of {file}"
         try:
             entry = json.loads(line)
-            kinds = VALIDATION if isinstance(entry, dict) and "val_loss" in entry else STEP
+            found = entry if isinstance(entry, dict) else {}
+            kinds = VALIDATION if "val_loss" in found else LEFT_OUT if "left_out" in found else STEP
             entries.append(checked_fields(entry, kinds | SCORES, where, required=tuple(kinds)))
         except (ValueError, RecursionError) as error:
             if number == len(lines):
@@ -52,16 +54,17 @@ def read_metrics(file: Path, steps_done: int) -> list[dict]:
 class RunLog:
     """Everything a run writes beside its weights.
 
-    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, and a line per validation,
-    {"step", "val_loss", "val_loss_blind", "exact_match" (or "cider_d"), "attn": [...], "ff": [...]} with tanh(gate) of
-    each layer.
+    metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, or {"step", "left_out": why,
+    "seconds"}, and a line per validation, {"step", "val_loss", "val_loss_blind", "exact_match" (or "cider_d"), "attn":
+    [...], "ff": [...]} with tanh(gate) of each layer.
     """
 
     def __init__(
         self, folder: Path, options: TrainingOptions, launched: float, skipped: list[str], steps_done: int = 0
     ):
         self.folder, self.options, self.launched = folder, options, launched
-        self.losses: list[float] = []
+        self.losses: dict[int, float] = {}  # by step
+        self.left_out = 0  # steps
         self.validations: list[dict] = []
         self.captions_seen = 0
         self.score: dict[str, float] = {}  # of the last validation's captions
@@ -82,7 +85,8 @@ class RunLog:
         write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
         steps = [entry for entry in kept if "loss" in entry]
         self.validations = [entry for entry in kept if "val_loss" in entry]
-        self.losses = [entry["loss"] for entry in steps]
+        self.losses = {entry["step"]: entry["loss"] for entry in steps}
+        self.left_out = sum("left_out" in entry for entry in kept)
         self.captions_seen = sum(entry["captions"] for entry in steps)
         if steps:  # the time it took counts, the time it stood still does not
             self.first_step = steps[0]["seconds"]
@@ -94,16 +98,21 @@ class RunLog:
             self.metrics.write(json.dumps(entry) + "\n")
             self.metrics.flush()
 
-    def step(self, step: int, loss: float, captions: int, optimizer, bar: tqdm) -> None:
-        """After each optimizer step. loss: mean over its target tokens."""
-        if self.first_step is None:
-            self.first_step = time.time() - self.launched
-        self.captions_seen += captions
-        self.losses.append(loss)
+    def step(self, step: int, loss: float | None, captions: int, optimizer, bar: tqdm) -> None:
+        """After each optimizer step. loss: mean over its target tokens; None: the step was left out."""
         seconds = time.time() - self.launched
+        if loss is None:
+            self.left_out += 1
+            self._write({"step": step + 1, "left_out": "the loss or the gradient is not finite", "seconds": seconds})
+            bar.write(f"step {step + 1} is left out: its loss or its gradient is not finite")
+            return
+        if self.first_step is None:
+            self.first_step = seconds
+        self.captions_seen += captions
+        self.losses[step + 1] = loss
         lr = optimizer.param_groups[0]["lr"]
-        self._write({"step": step + 1, "loss": self.losses[-1], "lr": lr, "captions": captions, "seconds": seconds})
-        shown = {"loss": f"{self.losses[-1]:.3f}"} | {name: f"{value:.2f}" for name, value in self.score.items()}
+        self._write({"step": step + 1, "loss": loss, "lr": lr, "captions": captions, "seconds": seconds})
+        shown = {"loss": f"{loss:.3f}"} | {name: f"{value:.2f}" for name, value in self.score.items()}
         bar.set_postfix(shown | {"captions_per_second": f"{self.captions_seen / (time.time() - self.began):.0f}"})
 
     def validation(self, step: int, scores: dict[str, float], gates: list[tuple[float, float]], bar: tqdm) -> None:
@@ -119,10 +128,11 @@ class RunLog:
             f"step {step}: validation loss {entry['val_loss']:.3f} with the picture, "
             f"{entry['val_loss_blind']:.3f} without; attention gates {opened}"
         )
-        steps = range(step - len(self.losses) + 1, step + 1)
         write_atomically(
             self.folder / "training.png",
-            lambda path: run_figures.training_figure(path, steps, self.losses, self.validations, self.validations),
+            lambda path: run_figures.training_figure(
+                path, list(self.losses), list(self.losses.values()), self.validations, self.validations
+            ),
         )
 
     def samples(
@@ -155,6 +165,7 @@ class RunLog:
             "seconds": time.time() - self.launched,
             "seconds_to_first_step": self.first_step,
             "steps": self.options.steps,
+            "steps_left_out": self.left_out,
             "captions_seen": self.captions_seen,
             "captions_per_second": self.captions_seen / seconds,
             "final_val_loss": self.validations[-1]["val_loss"],

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from flamingo.errors import InputError
 from flamingo.fast.precision import autocast
 from flamingo.limits import must_fit
 from flamingo.model.vlm import VisionLanguageModel
-from flamingo.training.resume import way_out
+from flamingo.training.resume import ResumePoints, way_out
 
 
 @torch.no_grad()
@@ -61,21 +60,26 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return _counts(model.parameters())
 
 
-def finite_loss(
-    step: int, loss: Tensor, norm: Tensor, examples: Dataset, options: TrainingOptions, folder: Path
-) -> float:
-    """The loss of a step as a number: the only look at values in a step, after all its work has been queued.
+def finite_loss(step: int, loss: Tensor, norm: Tensor, examples: Dataset, points: ResumePoints) -> float | None:
+    """The loss of a step as a number: the only look at values in a step, once its gradient has been queued and before
+    any weight moves. norm: of the gradient.
 
-    norm: of the gradient. Raises InputError if either is not finite, for then all weights are nonsense from here on;
-    those on disk are whole.
+    None for a step to leave out, as its loss or norm is not finite: all weights would be nonsense from there on. Raises
+    InputError if that is one more than --skip-bad-steps allows.
     """
     values = torch.stack([loss, norm.to(loss)]).tolist()
-    for name, value in zip(("loss", "gradient's norm"), values, strict=True):
-        if not math.isfinite(value):
-            read = examples_of_step(step, examples, options)
-            shown = ", ".join(map(str, read[:8])) + (", …" if len(read) > 8 else "")
-            raise InputError(f"the {name} of step {step + 1} is {value} (training examples {shown}): {way_out(folder)}")
-    return values[0]
+    bad = [(name, value) for name, value in zip(("loss", "gradient's norm"), values, strict=True)
+           if not math.isfinite(value)]  # fmt: skip
+    if not bad:
+        return values[0]
+    if points.skipped < points.options.skip_bad_steps:
+        points.skipped += 1
+        return None
+    (name, value), read = bad[0], examples_of_step(step, examples, points.options)
+    shown = ", ".join(map(str, read[:8])) + (", …" if len(read) > 8 else "")
+    before = f", and {points.skipped} before it were left out" if points.skipped else ""
+    way = way_out(points.file.parent)
+    raise InputError(f"the {name} of step {step + 1} is {value} (training examples {shown}){before}: {way}")
 
 
 def examples_of_step(step: int, examples: Dataset, options: TrainingOptions) -> list[int]:
