@@ -64,6 +64,7 @@ class CaptionedPictures(Dataset):
         self.numbered: list[tuple[int, int]] = []
         self.first_number: dict[int, int] = {}  # row → number of its first picture
         self.without_caption: list[str] = []
+        self.shown: list[bytes] = []  # of each example a hash of its pictures
         self._check_all()
 
     def _pictures(self, row: dict) -> list:
@@ -103,8 +104,8 @@ class CaptionedPictures(Dataset):
                 self.lengths.append(max(sum(len(chunk.prompt + chunk.caption) for chunk in text) for text in texts))
                 self.first_number[i] = len(self.numbered)
                 self.numbered += [(i, k) for k in range(len(pictures))]
-                for one in hashes:
-                    digest.update(one)
+                self.shown.append(b"".join(hashes))
+                digest.update(self.shown[-1])
             else:
                 self.without_caption.append(name)
         self.fingerprint = digest.hexdigest()[:16]
@@ -122,14 +123,17 @@ class CaptionedPictures(Dataset):
         return hashlib.sha256(file).digest()
 
     def split_off(self, share: float, seed: int) -> tuple["CaptionedPictures", "CaptionedPictures"]:
-        """Two sets, the second with `share` of the examples, at least two if that leaves as many. Raises InputError if
-        there is but one example."""
+        """Two sets, the second with `share` of the pictures, at least two if that leaves as many. What shows the same
+        pictures stays together, as where each caption has a row. Raises InputError if there is but one example."""
         if len(self) < 2:
             raise InputError(f"{self.where} has {len(self)} usable example: training needs at least 2")
-        held_out = max(2 if len(self) >= 4 else 1, round(share * len(self)))
-        chosen = set(random.Random(f"split {seed}").sample(range(len(self)), held_out))
-        large = self._with_examples([(i, self.captions[i]) for i in range(len(self)) if i not in chosen])
-        small = self._with_examples([(i, self.captions[i]) for i in range(len(self)) if i in chosen])
+        same = {shown: number for number, shown in enumerate(dict.fromkeys(self.shown))}
+        group = [same[shown] for shown in self.shown] if len(same) > 1 else range(len(self))
+        count = max(group) + 1
+        held_out = max(2 if count >= 4 else 1, round(share * count))
+        chosen = set(random.Random(f"split {seed}").sample(range(count), held_out))
+        large = self._with_examples([(i, self.captions[i]) for i in range(len(self)) if group[i] not in chosen])
+        small = self._with_examples([(i, self.captions[i]) for i in range(len(self)) if group[i] in chosen])
         small.files, small.skipped = f"held out of {self.name}", []  # listed once, with the larger part
         return large, small
 
@@ -149,6 +153,7 @@ class CaptionedPictures(Dataset):
         part = copy.copy(self)
         part.kept = [self.kept[i] for i, _ in examples]
         part.lengths = [self.lengths[i] for i, _ in examples]
+        part.shown = [self.shown[i] for i, _ in examples]
         part.captions = [captions for _, captions in examples]
         return part
 

@@ -12,6 +12,10 @@ from flamingo.errors import InputError
 IMAGE_COLUMNS = ("image", "images", "picture", "pictures", "img", "jpg", "png", "file_name", "filename", "image_path")
 CAPTION_COLUMN = re.compile(r"^(captions?|texts?|sentences?|descriptions?)(_?\d+)?$", re.IGNORECASE)
 
+TEXT_OR_BYTES = (
+    "string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null",
+)  # fmt: skip
+
 
 def find_columns(split, source: str, image_column: str | None, caption_columns: str | None) -> tuple[str, list[str]]:
     """(picture column, caption columns) of a `datasets.Dataset`: those named, else those found. Raises InputError if
@@ -46,7 +50,7 @@ def with_pictures_undecoded(rows, column: str, source: str):
     if isinstance(inner, datasets.Image):
         target = datasets.Image(decode=False)
         return rows.cast_column(column, target if inner is feature else datasets.List(target))
-    is_text = getattr(inner, "dtype", None) in ("string", "large_string", "binary", "large_binary", "null")
+    is_text = getattr(inner, "dtype", None) in TEXT_OR_BYTES
     if not is_text and not (isinstance(inner, dict) and {"bytes", "path"} & inner.keys()):
         kind = getattr(inner, "dtype", None) or ("lists in lists" if hasattr(inner, "feature") else "objects")
         raise InputError(

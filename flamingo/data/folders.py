@@ -12,7 +12,7 @@ for a table: crash test dummy.jpg is a picture like any other.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,10 +73,15 @@ def _load(name: str, said: str, **files):
     import datasets
 
     datasets.disable_progress_bars()
+    verbosity = datasets.logging.get_verbosity()
+    if files:  # what it has to say of a file is in its error too
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return datasets.load_dataset(name, **files)
     except Exception as error:  # datasets raises many kinds, around each other
         raise InputError(f"cannot load the data {said}: {cause_of(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 # -------------------------------------------------------------------------------------------------------- folders
@@ -163,6 +168,7 @@ def _class_folders(folder: Path, pictures: list[Path], tables: list[Path]) -> di
             f"{shown(folder)} holds pictures and tables but no metadata.jsonl: name the table itself, --data "
             f"{shown(tables[0])}, or call it metadata{tables[0].suffix}"
         )
+    _must_be_text(str(file.relative_to(folder)) for file in pictures)
     by_split: dict[str, list[Path]] = {}
     for file in pictures:
         by_split.setdefault(split_named_by(file.relative_to(folder).parts[:-1]) or "train", []).append(file)
@@ -172,6 +178,13 @@ def _class_folders(folder: Path, pictures: list[Path], tables: list[Path]) -> di
         rows = datasets.Dataset.from_dict({k: values[k] for k in features}, features=datasets.Features(features))
         splits[split] = Split(rows, [folder] * len(files), f"{len(files)} pictures without metadata")
     return splits
+
+
+def _must_be_text(names: Iterable[str]) -> None:
+    """Raises InputError for a name that the disk has in another encoding: no table can hold it."""
+    for name in names:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise InputError(f"the data hold {shown(name)}, whose name is no text in UTF-8: rename it")
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -195,7 +208,12 @@ def _read_parquet(tables: list[Path]) -> Split:
     for table in tables:
         if any(mark in str(table) for mark in "*?[]") or "::" in str(table) or "://" in str(table):
             raise InputError(f"{shown(table)}: a name with *, ?, [, ] or :: is a pattern to the reader: rename it")
-        check_parquet(table)
+        columns = check_parquet(table)
+        if set(columns) != set(first := check_parquet(tables[0])):
+            raise InputError(
+                f"{shown(table)} has the columns {_listed(columns)}, but {shown(tables[0])} has {_listed(first)}: the "
+                "tables of a split have the same"
+            )
     rows = _load("parquet", shown(tables[0]), data_files={"train": [str(table) for table in tables]})["train"]
     return Split(rows, [tables[0].parent] * len(rows), _listed(table.name for table in tables))
 

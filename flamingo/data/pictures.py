@@ -29,7 +29,7 @@ REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F")  # modes whose
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any mode → RGB, upright: transparency falls on white, 16 bits become 8."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: convert() would clip at 255
         _, high = picture.convert("F").getextrema()
         scale = 255 / 65535 if high > 255 else 1
@@ -39,6 +39,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(ground, picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """As its EXIF says it was held; as it is if that cannot be read: it is no fault of the picture's."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow raises many kinds, here too
+        return picture
 
 
 @cache
@@ -65,8 +73,8 @@ def picture_bytes(value, base: Path, place: Place) -> bytes:
 def open_picture(file: bytes | str | Path, *, thumbnail: bool = False) -> Image.Image:
     """A picture file → RGB, of at most LARGE pixels.
 
-    thumbnail: only prove that it can be read; a JPEG is then decoded at an eighth of its size, and the result is in any
-    mode. Raises Unusable for what is no picture in one of FORMATS, too large, or too thin.
+    thumbnail: only prove that it can be read; a JPEG is then decoded at an eighth of its size. Raises Unusable for what
+    is no picture in one of FORMATS, too large, or too thin.
     """
     data = file if isinstance(file, bytes) else read_regular(Path(file))
     try:
@@ -74,7 +82,7 @@ def open_picture(file: bytes | str | Path, *, thumbnail: bool = False) -> Image.
             warnings.simplefilter("ignore")  # of Pillow about sizes, for example: ours is an error
             with Image.open(io.BytesIO(data), formats=_formats()) as picture:
                 _decode(picture, 8 if thumbnail else math.sqrt(math.prod(picture.size) / LARGE))
-                return picture if thumbnail else to_rgb(_reduced(picture))
+                return to_rgb(_reduced(picture))
     except Unusable:
         raise
     except Image.DecompressionBombError:
@@ -100,7 +108,7 @@ def _reduced(picture: Image.Image) -> Image.Image:
     factor = math.ceil(math.sqrt(math.prod(picture.size) / LARGE))
     if factor <= 1:
         return picture
-    ImageOps.exif_transpose(picture, in_place=True)  # now: a reduced picture does not know how it was turned
+    picture = _upright(picture)  # now: a reduced picture does not know how it was turned
     if picture.mode in REDUCIBLE:
         return picture.reduce(factor)
     return picture.resize((picture.width // factor, picture.height // factor), Image.Resampling.NEAREST)

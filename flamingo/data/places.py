@@ -95,12 +95,13 @@ def read_regular(file: Path) -> bytes:
 def files_below(folder: Path) -> Iterator[Path]:
     """The regular files of a folder and of its sub-folders, in order of their names. Hidden ones and the folders of
     runs are left out: the figures of a run are no data."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    yield from (entry for entry in entries if entry.is_file())
-    for entry in entries:
+    folders = [folder]  # and no recursion: there are deeper folders than Python's stack
+    while folders:
+        entries = sorted(entry for entry in folders.pop().iterdir() if not entry.name.startswith("."))
+        yield from (entry for entry in entries if entry.is_file())
         # A link to a folder may lead back up, and round and round.
-        if entry.is_dir() and not entry.is_symlink() and not _is_run(entry):
-            yield from files_below(entry)
+        below = [e for e in entries if e.is_dir() and not e.is_symlink() and not _is_run(e)]
+        folders += reversed(below)
 
 
 def _is_run(folder: Path) -> bool:

@@ -109,14 +109,21 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict]]:
             yield f"{shown(file)}, row {number}", row
 
 
-def check_parquet(file: Path) -> None:
-    """Raises InputError for a file that is not in Parquet's form."""
+def check_parquet(file: Path) -> list[str]:
+    """The names of its columns. Raises InputError for a file that is not in Parquet's form, is empty, or has two
+    columns of one name."""
     import pyarrow.parquet
 
     try:
-        pyarrow.parquet.ParquetFile(file).schema_arrow  # noqa: B018 (read for its errors)
+        found = pyarrow.parquet.ParquetFile(file)
+        names, rows = found.schema_arrow.names, found.metadata.num_rows
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise InputError(f"{shown(file)} is no Parquet file ({cause_of(error)})") from None
+    if not rows or not names:
+        raise InputError(f"{shown(file)} holds no rows")
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{shown(file)} has two columns of the name {shown(double)!r}: name one of them otherwise")
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------- columns

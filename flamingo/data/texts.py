@@ -40,10 +40,15 @@ def parse_text(text: str, pictures: int) -> list[Chunk]:
     return chunks
 
 
+def _is_visible(text: str) -> bool:
+    """Is there more in it than spaces, those of no width included, and control characters?"""
+    return any(letter.isprintable() and not letter.isspace() for letter in text)
+
+
 def texts_of_row(row: dict, columns: Sequence[str]) -> tuple[list[str], int]:
     """The usable captions of a row, and how many were not: empty or no text; missing, if the row has no other."""
     values = [row[column] for column in columns]
     values = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
-    good = [" ".join(value.split()) for value in values if isinstance(value, str) and value.strip()]
+    good = [" ".join(value.split()) for value in values if isinstance(value, str) and _is_visible(value)]
     there = [value for value in values if value is not None]
     return good, len(there) - len(good) if there else len(values)
