@@ -72,6 +72,7 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path) -> dict:
     """A JSON object of a run folder. Raises InputError if it is missing or damaged."""
+    must_be_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,6 +82,12 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: it does not hold an object")
     return value
+
+
+def must_be_regular(path: Path) -> None:
+    """Raises InputError for a pipe, a device or a folder: one would be waited for without end, another has none."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is damaged: it is no regular file")
 
 
 def one_line(error: BaseException) -> str:

@@ -89,7 +89,10 @@ def in_range(name: str, value, least, most):
 
 
 def plain_text(name: str, text: str, tokenizer) -> None:
-    """Raises InputError for a text with special tokens: the pictures are announced by ours, and nothing else may be."""
+    """Raises InputError for a text with special tokens: the pictures are announced by ours, and nothing else may be;
+    and for what a shell makes of bytes that are no UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{name} must be a text in UTF-8")
     for token in ("<image>", "<|endofchunk|>", *tokenizer.all_special_tokens):
         if token in text:
             raise InputError(f"{name} must be plain text, without {token}")

@@ -689,7 +689,22 @@ def a_run(tmp_path_factory) -> Path:
     return Path(shutil.copytree(ASSETS, folder))
 
 
+def in_place_of(name: str, make):
+    return lambda folder: ((folder / name).unlink(), make(folder / name))
+
+
 BAD_RUNS = {
+    "weights are a pipe": in_place_of("model.safetensors", os.mkfifo),
+    "config is a pipe": in_place_of("config.json", os.mkfifo),
+    "weights from elsewhere": lambda f: (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../../elsewhere.safetensors"}}'
+    ),
+    "an adapter of nothing": lambda f: changed_config(f, adapters={"x": {}}),
+    "an adapter without its kind": lambda f: changed_config(f, adapters={"x": {"r": 10**9}}),
+    "adapters in a list": lambda f: changed_config(f, adapters=[1]),
+    "an adapter that is a number": lambda f: changed_config(f, adapters={"x": 1}),
+    "a dtype that is none": lambda f: changed_config(f, dtype="float99"),
+    "an old dtype that is none": lambda f: changed_config(f, torch_dtype=16),
     "values that are no numbers": tensors_changed(lambda t: {n: v * float("nan") for n, v in t.items()}),
     "cut short": shortened,
     "another depth": lambda f: changed_config(f, resampler_depth=3),
@@ -720,6 +735,7 @@ def test_captions_of_good_pictures_are_not_lost_to_a_bad_one(a_run, tmp_path, ca
     for prompt, more in (
         ("<image>", []),
         ("a <|endofchunk|>", []),
+        ("half a letter \udcff", []),
         ("word " * 3000, []),
         ("", ["--max-new-tokens", "9999"]),
     ):
@@ -728,6 +744,18 @@ def test_captions_of_good_pictures_are_not_lost_to_a_bad_one(a_run, tmp_path, ca
 
 
 # ------------------------------------------------------------------------------------------------- a full disk, Ctrl-C
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path):
+    for name in (RESUME_POINT, METRICS, SUMMARY):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="no regular file"):
+        read_metrics(tmp_path / METRICS, 9)
+    with pytest.raises(InputError, match="no regular file"):
+        read_summary(tmp_path)
+    (tmp_path / SUMMARY).unlink()
+    with pytest.raises(InputError, match="no regular file"):
+        read_facts(tmp_path)
+
+
 def test_a_temporary_file_that_cannot_even_be_made(tmp_path, refused):
     refused(lambda: write_atomically(tmp_path / "nowhere" / "x", lambda _: None), "cannot write")
     refused(lambda: write_json(tmp_path / ("x" * 300), {}), "cannot write")

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from flamingo.errors import InputError
+from flamingo.files import one_line
 
 
 def name_without_adapter(name: str) -> str:
@@ -27,12 +28,18 @@ def settings_of(config) -> dict:
 
 
 def config_of(settings: dict):
-    """The reverse of `settings_of`. Raises InputError where peft is not installed."""
+    """The reverse of `settings_of`. Raises InputError where peft is not installed, or they are no settings of its."""
     try:
         from peft import PeftConfig
     except ImportError:
         raise InputError("this model has a LoRA adapter: pip install peft") from None
-    return PeftConfig.from_peft_type(**settings)
+    try:
+        config = PeftConfig.from_peft_type(**settings)
+        if config.peft_type is None:
+            raise ValueError("they have no peft_type")
+        return config
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"the settings of a LoRA adapter are damaged: {one_line(error)}") from error
 
 
 def add_adapter(model: nn.Module, name: str, config) -> None:

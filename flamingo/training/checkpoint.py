@@ -26,7 +26,16 @@ from flamingo.config import ModelConfig, from_flat, to_flat
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.fast.onednn import PackedLinear
-from flamingo.files import UNFINISHED, one_line, read_json, sample, write_atomically, write_json, writing
+from flamingo.files import (
+    UNFINISHED,
+    must_be_regular,
+    one_line,
+    read_json,
+    sample,
+    write_atomically,
+    write_json,
+    writing,
+)
 from flamingo.interop import compat
 from flamingo.interop.adapters import add_adapter, config_of, name_without_adapter
 from flamingo.interop.backbones import Built, build_flamingo
@@ -35,6 +44,7 @@ from flamingo.model.vlm import VisionLanguageModel
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "flamingo"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 ADAPTERS = "adapters"  # in config.json: the settings of each LoRA, as peft has them
 GENERAL = compat.general_settings() | {"model_type", ADAPTERS}  # what a config.json may hold beside the architecture
 
@@ -126,6 +136,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         files = sorted({checked("a file of weight_map", file, str) for file in index["weight_map"].values()})
     tensors = {}
     for file in files:
+        if Path(file).name != file:
+            raise InputError(f"{folder / INDEX} is damaged: it names {quoted(file)}, which is no file of this folder")
+        must_be_regular(folder / file)
         try:
             tensors |= load_file(folder / file)
         except FileNotFoundError:
@@ -167,6 +180,11 @@ def read_config(folder: Path) -> ModelConfig:
     if settings.get("model_type") != MODEL_TYPE:
         raise InputError(f"{folder}/config.json describes a {quoted(settings.get('model_type'))}, not a flamingo")
     try:
+        for name in ("dtype", "torch_dtype"):
+            if settings.get(name) not in (None, *DTYPES):
+                raise InputError(f"{name} must be one of {', '.join(DTYPES)}, not {quoted(settings[name])}")
+        for adapter in checked(ADAPTERS, settings.get(ADAPTERS, {}), dict).values():
+            config_of(checked("an adapter", adapter, dict))
         return from_flat({name: value for name, value in settings.items() if name not in GENERAL})
     except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None

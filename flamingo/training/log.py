@@ -18,7 +18,7 @@ from flamingo.evaluation.first_look import Context, marks_of, own_captions
 from flamingo.evaluation.test_set import Item
 from flamingo.fast.device import peak_memory_bytes
 from flamingo.figures import run_figures
-from flamingo.files import write_atomically, writing
+from flamingo.files import must_be_regular, write_atomically, writing
 from flamingo.limits import checked_fields
 from flamingo.model.vlm import Flamingo
 from flamingo.run_folder import METRICS, SKIPPED
@@ -35,6 +35,7 @@ SCORES = {"exact_match": float, "cider_d": float}  # one of them, if any picture
 
 def read_metrics(file: Path, steps_done: int) -> list[dict]:
     """The entries of metrics.jsonl up to a step, without a last line that a kill cut short. Raises InputError."""
+    must_be_regular(file)
     lines, entries = file.read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, line in enumerate(lines, start=1):
         where = f"line {number} of {file}"

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from flamingo.config import ModelConfig, TrainingOptions, to_flat
 from flamingo.errors import InputError
-from flamingo.files import one_line, write_atomically
+from flamingo.files import must_be_regular, one_line, write_atomically
 from flamingo.limits import checked_fields, quoted
 from flamingo.model.vlm import Flamingo
 from flamingo.presets import training_options
@@ -122,6 +122,7 @@ def read_facts(folder: Path) -> dict:
         raise InputError(f"{folder} is finished: there is nothing to resume")
     if not file.exists():
         raise InputError(f"{folder} cannot be resumed: it has no {RESUME_POINT}; start it again without --resume")
+    must_be_regular(file)
     try:
         with safe_open(file, framework="numpy") as opened:
             facts = json.loads(opened.metadata()["resume"])
