@@ -210,6 +210,18 @@ def is_quantized(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def unquantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of those that are plain numbers: bitsandbytes has parameters, torchao tensors of its own."""
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
+            yield name, parameter
+
+
+def is_repacked(parameter: Tensor) -> bool:
+    """Has bitsandbytes put a 4 bit matrix into another order for this CPU? It does when it first multiplies by it."""
+    return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
+
+
 def name_adapters(model: nn.Module, configs: dict) -> None:
     """Let a `PreTrainedModel` know the adapters that are in it already, by name, as its `add_adapter` would have."""
     model._hf_peft_config_loaded, model.peft_config = True, configs

@@ -130,8 +130,9 @@ class FlamingoTester:
     def prepare_config_and_inputs_for_common(self) -> tuple[FlamingoConfig, dict]:
         ids = torch.randint(4, 60, (self.batch_size, self.seq_length))
         ids[:, 1] = 65  # <image>
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-                  "media_locations": ids == 65, "pixel_values": torch.rand(self.batch_size, 1, 1, 3, *self.image_size)}  # fmt: skip
+        pictures = torch.rand(self.batch_size, 1, 1, 3, *self.image_size)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "media_locations": ids == 65,
+                  "pixel_values": pictures}  # fmt: skip
         return self.get_config(), copy.deepcopy(inputs)
 
 
