@@ -116,7 +116,10 @@ def sample(tensor):
     """64 values of a tensor, evenly spaced, in its own dtype on the CPU: enough to see that it is another."""
     import torch
 
-    flat = tensor.detach().flatten()
+    values = tensor.detach()
+    if type(values).__module__.startswith("torchao"):  # its quantized tensors know few operations, this is one
+        values = values.dequantize()
+    flat = values.flatten()
     count = min(64, len(flat))
     # In whole numbers: float32 cannot count the 39 million values of OPT-125m's token embeddings.
     return flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)].cpu()

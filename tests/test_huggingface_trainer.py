@@ -113,6 +113,43 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_accumulated(tmp_path)
         assert loss == pytest.approx(found[0][0], rel=1e-3) and norm == pytest.approx(found[0][1], rel=1e-2)
 
 
+def first_loss(out: Path, **options) -> float:
+    run = trainer(out, max_steps=1, logging_steps=1, save_strategy="no", **options)
+    run.train()
+    return run.state.log_history[0]["loss"]
+
+
+@pytest.fixture(scope="module")
+def plain_loss(tmp_path_factory) -> float:
+    return first_loss(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.4."), reason="the smoothed loss of 5.4 knows nothing of num_items_in_batch"
+)
+def test_a_loss_that_the_trainer_computes_is_that_of_the_next_token(tmp_path, plain_loss):
+    """Hardly smoothed it is the plain loss; of unshifted labels it would be fifty times that."""
+    assert first_loss(tmp_path, label_smoothing_factor=1e-9) == pytest.approx(plain_loss, rel=1e-3)
+
+
+def test_noise_on_the_token_embeddings_acts_though_they_are_frozen(tmp_path, plain_loss):
+    assert abs(first_loss(tmp_path, neftune_noise_alpha=50) - plain_loss) > 0.01
+
+
+def test_evaluation_keeps_logits_and_labels_and_nothing_else(tmp_path):
+    """With a loss of the Trainer's own too, for which the model is given no labels and might hand out its cache."""
+    for smoothing in (0.0, 0.1):
+        seen = []
+        run = trainer(tmp_path, label_smoothing_factor=smoothing, per_device_eval_batch_size=2)
+        run.compute_metrics = lambda found, seen=seen: seen.append(found) or {"n": 1}
+        assert "eval_loss" in run.evaluate()
+        assert len(seen) == 1 and seen[0].predictions.shape == (*seen[0].label_ids.shape, 1078)
+
+
+def test_a_worker_reads_as_the_process_itself(tmp_path, plain_loss):
+    assert first_loss(tmp_path, dataloader_num_workers=1) == plain_loss
+
+
 def test_seq2seq_trainer_predicts(tmp_path):
     arguments = Seq2SeqTrainingArguments(
         tmp_path, per_device_eval_batch_size=2, predict_with_generate=True, report_to="none", use_cpu=True,

@@ -138,6 +138,17 @@ def test_the_loss_is_divided_by_the_number_it_is_given(model, inputs):
 
 
 @torch.no_grad()
+def test_labels_may_be_shifted_already(model, inputs):
+    labels = inputs["input_ids"]
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(**inputs, shift_labels=shifted).loss, model(**inputs, labels=labels).loss)
+    last = torch.full_like(labels, -100)
+    last[:, -1] = 7  # of the last token too, which labels of the same tokens cannot say
+    expected = -model(**inputs).logits[0, -1].log_softmax(dim=-1)[7]
+    torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=last).loss, expected)
+
+
+@torch.no_grad()
 def test_attentions_to_text_and_to_pictures_are_returned(model, inputs):
     output = model(**inputs, output_attentions=True)
     length, layers = inputs["input_ids"].shape[1], len(model.get_modified_layers())
@@ -152,6 +163,30 @@ def test_attentions_to_text_and_to_pictures_are_returned(model, inputs):
             torch.testing.assert_close(one, other)
     assert model.flamingo.lang_encoder.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
+
+
+@torch.no_grad()
+def test_generate_gives_the_attentions_of_each_step(processor):
+    """With sdpa as the default attention, and left padding: those of `forward` on the whole text."""
+    model = FlamingoModel.from_pretrained(FOLDER)
+    inputs = processor(images=PICTURES[:2], text=[PROMPT, "<image> a"])
+    made = model.generate(**inputs, max_new_tokens=4, output_attentions=True, return_dict_in_generate=True)
+    length, new, layers = inputs["input_ids"].shape[1], len(made.attentions), len(model.get_modified_layers())
+    assert len(made.cross_attentions) == new and {len(step) for step in made.cross_attentions} == {layers}
+    assert [step[0].shape[2:] for step in made.attentions] == [(1 if i else length, length + i) for i in range(new)]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new - 1), value=1)
+    read = {"input_ids": made.sequences[:, :-1], "attention_mask": mask, "pixel_values": inputs["pixel_values"]}
+    whole = model(**read, output_attentions=True).cross_attentions
+    for layer in range(layers):
+        found = torch.cat([step[layer] for step in made.cross_attentions], dim=2)
+        torch.testing.assert_close(found, whole[layer], atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="output_attentions needs one token a step"):
+        model.generate(**inputs, output_attentions=True, return_dict_in_generate=True, assistant_model=model)
+
+
+def test_what_would_lay_the_pictures_beside_another_text_is_refused(model, inputs):
+    with pytest.raises(ValueError, match="guidance_scale is not offered"):
+        model.generate(**inputs, guidance_scale=1.5)
 
 
 def test_generation_config_is_used_and_arguments_go_before_it(inputs):

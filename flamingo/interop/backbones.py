@@ -106,7 +106,7 @@ def _all_there(found: dict) -> None:
 
 
 def _all_finite(module: torch.nn.Module) -> None:
-    if bad := [name for name, value in module.named_parameters() if not value.isfinite().all()]:
+    if bad := [name for name, value in compat.unquantized_parameters(module) if not value.isfinite().all()]:
         raise InputError(f"its weights are not finite, such as those of {bad[0]}")
 
 

@@ -16,6 +16,7 @@ This file imports nothing of ours but the error.
 import contextlib
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -25,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Gene
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flamingo.errors import InputError
 
@@ -99,6 +101,13 @@ def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache]:
         if "Cache" in str(parameter.annotation):
             return {name: cache}
     raise unlike("transformers", f"has no cache among the arguments of {type(model).__name__}.forward")
+
+
+def cache_under_its_old_name(model: nn.Module, cache: Cache) -> Cache:
+    """A cache that was given as `past_key_values`; warns if this version of transformers has the new name."""
+    if "cache" in inspect.signature(model.forward).parameters:
+        warnings.warn("`past_key_values` is deprecated: transformers calls it `cache` now", FutureWarning, stacklevel=3)
+    return cache
 
 
 def tokens_read(cache: Cache | None) -> int:
@@ -190,8 +199,27 @@ def general_settings() -> set[str]:
     return {*PreTrainedConfig().to_dict(), *generation, "tie_word_embeddings", "torch_dtype", "attn_implementation"}
 
 
+def predicts_the_next_token(model_type: str, model_class: type) -> None:
+    """Let the Trainer know that labels are what follows a token. It has a table of the classes of which that is true,
+    looks there when it computes the loss itself (label_smoothing_factor), and would otherwise train a model to repeat
+    what it is given."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = model_class.__name__
+
+
 def is_quantized(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
+
+
+def unquantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of those that are plain numbers: bitsandbytes has parameters, torchao tensors of its own."""
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
+            yield name, parameter
+
+
+def is_repacked(parameter: Tensor) -> bool:
+    """Has bitsandbytes put a 4 bit matrix into another order for this CPU? It does when it first multiplies by it."""
+    return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def name_adapters(model: nn.Module, configs: dict) -> None:

@@ -19,9 +19,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo.config import to_flat
@@ -37,7 +47,7 @@ from flamingo.interop.huggingface_generation import Generate
 from flamingo.interop.huggingface_loading import LoadAndSave
 from flamingo.model.cross_attention import Images
 from flamingo.model.language_model import FlamingoLayer
-from flamingo.model.vlm import next_tokens
+from flamingo.model.vlm import next_token_loss, next_tokens
 
 
 @dataclass
@@ -130,10 +140,11 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         compat.name_adapters(self, known | {adapter_name: adapter_config})
 
     def train(self, mode: bool = True) -> "FlamingoModel":
-        """Frozen parts stay in eval mode; the dropout of a LoRA adapter inside them does not."""
+        """Frozen parts stay in eval mode; what a user has put into them does not: the dropout of a LoRA adapter, the
+        noise on the token embeddings that the Trainer's neftune_noise_alpha is."""
         super().train(mode)
         for name, module in self.named_modules():
-            if "lora_dropout" in name:
+            if "lora_dropout" in name or hasattr(module, "neftune_noise_alpha"):
                 module.train(mode)
         return self
 
@@ -252,14 +263,22 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
             return_dict: False gives a tuple, the loss first.
             num_items_in_batch: labelled tokens of all batches whose gradients are added up, by which the Trainer wants
                 the loss to be divided.
-            use_cache, lm_options: the language model's own.
+            use_cache, lm_options: the language model's own. shift_labels, (B, T_txt) in place of labels: the token that
+                should follow each. (No name of its own above: the Trainer would take it for a label of every batch.)
         """
         lm, config = self.flamingo.lang_encoder, self.config
         attentions = config.output_attentions if output_attentions is None else output_attentions
         hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        shift_labels = lm_options.pop("shift_labels", None)
+        if shift_labels is not None:
+            labels, targets = None, shift_labels
+        else:
+            targets = None if labels is None else next_tokens(labels)
         if use_cache is None:  # while a loss is computed nobody reads on
-            use_cache = config.use_cache and labels is None and not self.training
-        tokens, past = inputs_embeds if input_ids is None else input_ids, past_key_values if cache is None else cache
+            use_cache = config.use_cache and targets is None and not self.training
+        tokens, past = inputs_embeds if input_ids is None else input_ids, cache
+        if past_key_values is not None:
+            past = compat.cache_under_its_old_name(lm, past_key_values)
         images = self._images(len(tokens), pixel_values, visual_features, image_index)
         so_far = self._text_so_far(tokens, media_locations, images, past)
         with ExitStack() as stack:
@@ -273,8 +292,10 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
                 text, use_cache=use_cache, output_attentions=attentions, output_hidden_states=hidden,
                 return_dict=True, **compat.cache_argument(lm, past), **lm_options,
             )  # fmt: skip
-        if labels is not None and num_items_in_batch is not None:
-            output.loss = output.loss * (next_tokens(labels) != -100).sum() / num_items_in_batch
+        if shift_labels is not None:  # one place further on, to be moved back there
+            output.loss = next_token_loss(F.pad(output.logits, (0, 0, 0, 1)), F.pad(targets, (1, 0), value=-100))
+        if targets is not None and num_items_in_batch is not None:
+            output.loss = output.loss * (targets != -100).sum() / num_items_in_batch
         output = type(output)(**output)  # in its own order, the loss first
         if use_cache and so_far.media_locations is not None:
             compat.cache_of(output).text_so_far = so_far
@@ -310,6 +331,8 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         return TextSoFar(seen, media_locations)
 
 
+compat.predicts_the_next_token(FlamingoConfig.model_type, FlamingoModel)
 AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig, exist_ok=True)
-AutoModelForImageTextToText.register(FlamingoConfig, FlamingoModel, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(FlamingoConfig, FlamingoModel, exist_ok=True)
 AutoProcessor.register(FlamingoConfig, FlamingoProcessor, exist_ok=True)

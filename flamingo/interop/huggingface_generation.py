@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flamingo.data.processor import MEDIA_TOKEN, FlamingoProcessor
+from flamingo.evaluation.attention import recorded_cross_attention
+from flamingo.interop import compat
 from flamingo.interop.selfcheck import check_decoding
 
 
@@ -37,7 +39,9 @@ class Generate:
         """Continue texts, prompt included: `Flamingo.generate` with the arguments of `forward`.
 
         What generation_options leave open stands in `generation_config`. assistant_model: a language model with the
-        same tokens, or another FlamingoModel, which sees the same pictures.
+        same tokens, or another FlamingoModel, which sees the same pictures. output_attentions and
+        return_dict_in_generate: `.attentions` and `.cross_attentions` for each step, and in it for each layer, of the
+        tokens read in that step: see `forward`.
         """
         if input_ids is None:
             input_ids = generation_options.pop("inputs", None)
@@ -48,15 +52,38 @@ class Generate:
         if media_locations is None and input_ids is not None:
             media_locations = input_ids == self.flamingo.media_token_id
         with ExitStack() as stack:
+            weights = self._keep_attentions(stack, assistant_model, generation_options)
             if isinstance(assistant_model, Generate):
                 helper = assistant_model.flamingo
                 seen = helper.prepare_images(**images)
                 stack.enter_context(helper.reading(seen, input_ids, None, media_locations, generating=True))
                 assistant_model = helper.lang_encoder
-            return self.flamingo.generate(
+            made = self.flamingo.generate(
                 input_ids, attention_mask, inputs_embeds=inputs_embeds, media_locations=media_locations, **images,
                 **({} if assistant_model is None else {"assistant_model": assistant_model}), **generation_options,
             )  # fmt: skip
+        if weights:
+            layers = len(self.get_modified_layers())
+            calls = [tuple(weights[first : first + layers]) for first in range(0, len(weights), layers)]
+            made["cross_attentions"] = tuple(calls[-len(made.attentions) :])  # a long prompt may be read in pieces
+        return made
+
+    def _keep_attentions(self, stack: ExitStack, assistant_model, options: dict) -> list[Tensor]:
+        """Until the stack is closed: a list that fills with the weights of each cross-attention of each call, if the
+        options ask for them; the language model then keeps its own. Raises ValueError where calls are no steps."""
+        given = options.get("generation_config") or self.generation_config
+        wanted = {
+            name: options.get(name, getattr(given, name, None))
+            for name in ("output_attentions", "return_dict_in_generate", "prompt_lookup_num_tokens")
+        }
+        if not (wanted["output_attentions"] and wanted["return_dict_in_generate"]):
+            return []
+        if assistant_model is not None or wanted["prompt_lookup_num_tokens"]:
+            raise ValueError(
+                "output_attentions needs one token a step: leave out assistant_model and prompt_lookup_num_tokens"
+            )
+        stack.enter_context(compat.eager_attention(self.flamingo.lang_encoder))
+        return stack.enter_context(recorded_cross_attention(self.flamingo))
 
     def compute_transition_scores(self, *args, **options) -> Tensor:
         """Log-probability of each generated token: the language model's, which knows how many tokens there are."""

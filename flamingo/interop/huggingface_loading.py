@@ -82,6 +82,10 @@ class LoadAndSave:
             model.generation_config = generation_config
         elif (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        if compat.is_quantized(model.flamingo.lang_encoder):  # it stays where its library has put it
+            device = device or model.flamingo.lang_encoder.device
+            for _, parameter in compat.unquantized_parameters(model.flamingo.lang_encoder):
+                parameter.data = parameter.data.to(wanted)
         for part in model.parts_in_floating_point():
             part.to(device=device, dtype=wanted)
         if not output_loading_info:

@@ -39,10 +39,13 @@ class TextGeneration:
         generation_options: those of transformers' `generate` (max_new_tokens, num_beams, do_sample, …). What they leave
         open stands in the language model's `generation_config` (build.py); 32 tokens if nothing says how many.
 
-        Raises ValueError before the first step if prompt and new tokens need more positions than there are.
+        Raises ValueError before the first step if prompt and new tokens need more positions than there are, and for
+        guidance_scale: transformers reads a second text beside the first then, with the same pictures laid beside it.
         """
         options = dict(generation_options)
         config = options.get("generation_config") or self.lang_encoder.generation_config
+        if options.get("guidance_scale", config.guidance_scale) not in (None, 1):
+            raise ValueError("guidance_scale is not offered: its second text would see the pictures of the first")
         lengths = [options.get("max_new_tokens"), options.get("max_length"), config.max_new_tokens, config.max_length]
         if not any(lengths) and "generation_config" not in options:  # which would say for itself how long to go on
             lengths[0] = options["max_new_tokens"] = 32

@@ -54,8 +54,9 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
     """Name → tensor of all that is not found again by the backbones' names: what was added, what trains, and a
     backbone that has changed since it was loaded (it was trained and then frozen, or LoRA was merged into it).
 
-    tensors: to choose from, in place of the model's own. Raises InputError for a model that was prepared to generate:
-    its own matrices have been rearranged.
+    tensors: to choose from, in place of the model's own. Raises InputError for a model that was prepared to generate
+    (its own matrices have been rearranged), and for a quantized backbone that has changed: a file of ours holds no
+    quantized matrices.
     """
     own_parts = (model.vision_tokenizer, model.lang_encoder)
     if any(isinstance(module, PackedLinear) for part in own_parts for module in part.modules()):
@@ -64,14 +65,20 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
     tensors = {name: (tensors or {}).get(name, tensor).detach() for name, tensor in model.named_parameters()}
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: loaded.get(name_without_adapter(name)) for name in tensors}
-    changed = {
-        name.partition(".")[0] for name, old in before.items() if old is not None and not _same(old, tensors[name])
-    }
-    return {
+    repacked = {name for name, parameter in model.named_parameters() if compat.is_repacked(parameter)}
+    compared = {name: old for name, old in before.items() if old is not None and name not in repacked}
+    changed = {name.partition(".")[0] for name, old in compared.items() if not _same(old, tensors[name])}
+    own = {
         name: tensor
         for name, tensor in tensors.items()
         if before[name] is None or name in trains or name.partition(".")[0] in changed
     }
+    plain = {name for name, _ in compat.unquantized_parameters(model)}
+    if compat.is_quantized(model.lang_encoder) and own.keys() - plain:
+        raise InputError(
+            "the quantized language model has changed and cannot be saved: change (or merge LoRA into) a whole one"
+        )
+    return own
 
 
 def _same(old: Tensor, tensor: Tensor) -> bool:

@@ -34,19 +34,14 @@ from flamingo import FlamingoConfig, FlamingoModel
 PACKAGE = "transformers_tests"
 # Name of a test → why a Flamingo cannot pass it. Nothing is left out for another reason.
 ON_META = "a Flamingo is made around two backbones that are loaded, and nothing is loaded onto the meta device"
-NO_GRADIENT = (
-    "they look at the first layer that can be checkpointed: the frozen encoder's, which runs without gradients"
-)
+NOT_WHOLE = "a checkpoint that lacks what was trained is an error here, and is not filled up with random numbers"
 EXCLUDED = {
     "test_cannot_load_with_meta_device_context_manager": "the library's error is an InputError here, in the same words",
-    "test_training_gradient_checkpointing": NO_GRADIENT,
-    "test_training_gradient_checkpointing_use_reentrant_false": NO_GRADIENT,
-    "test_training_gradient_checkpointing_use_reentrant_true": NO_GRADIENT,
     "test_all_tensors_are_parameter_or_buffer": ON_META,
     "test_can_be_initialized_on_meta": ON_META,
     "test_init_weights_can_init_buffers": ON_META,
-    "test_bc_cache_name_forward": "both names of the cache are taken with every version, and neither warns",
-    "test_model_weights_reload_no_missing_tied_weights": "a checkpoint that lacks what was trained is an error",
+    "test_can_init_all_missing_weights": NOT_WHOLE,
+    "test_model_weights_reload_no_missing_tied_weights": NOT_WHOLE,
 }
 
 
@@ -117,10 +112,17 @@ class FlamingoTester:
     batch_size, seq_length, is_training, num_hidden_layers, num_attention_heads, hidden_size = 3, 7, True, 2, 4, 32
 
     def __init__(self):
+        self.image_size = 8, 8
         self.settings = save_backbones(Path(FOLDER.name)) | {
             "resampler_depth": 1, "resampler_dim_head": 8, "resampler_heads": 2, "resampler_num_latents": 3,
             "xattn_dim_head": 8, "xattn_heads": 2,
         }  # fmt: skip
+
+    def trains_language_model(self) -> None:
+        """For tests that look at the first layer that can be checkpointed, or at the gradient of the embeddings: the
+        language model's then, which trains, beside an encoder that is none of transformers'."""
+        self.settings |= {"clip_model_type": "asset:classroom/clip", "freeze_language_model": False}
+        self.image_size = 96, 96
 
     def get_config(self) -> FlamingoConfig:
         return FlamingoConfig(**self.settings)
@@ -128,8 +130,9 @@ class FlamingoTester:
     def prepare_config_and_inputs_for_common(self) -> tuple[FlamingoConfig, dict]:
         ids = torch.randint(4, 60, (self.batch_size, self.seq_length))
         ids[:, 1] = 65  # <image>
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-                  "media_locations": ids == 65, "pixel_values": torch.rand(self.batch_size, 1, 1, 3, 8, 8)}  # fmt: skip
+        pictures = torch.rand(self.batch_size, 1, 1, 3, *self.image_size)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "media_locations": ids == 65,
+                  "pixel_values": pictures}  # fmt: skip
         return self.get_config(), copy.deepcopy(inputs)
 
 
@@ -142,6 +145,8 @@ class FlamingoCommonTest(ModelTesterMixin, unittest.TestCase):
         self.model_tester = FlamingoTester()
         if reason := EXCLUDED.get(self._testMethodName):
             self.skipTest(reason)
+        if "gradient_checkpointing" in self._testMethodName:
+            self.model_tester.trains_language_model()
 
     def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
         """Labels go by a table of transformers' own models, where ours is not."""
