@@ -5,9 +5,12 @@ What this file teaches: where a Flamingo's frozen halves come from. A vision enc
     ViT-L-14-quickgelu:openai          open_clip name : pretrained tag
     hf-hub:…   local-dir:…             open_clip, towers of its own or of timm
     openai/clip-vit-base-patch32       a Hugging Face CLIP, id or folder
+    timm:NAME   timm:NAME:FILE         a network of timm, with its own weights or those of a file (timm_encoders.py)
+    efficientnet-lite2                 a package brings it (packaged.py)
     asset:classroom/clip               what this repository brings along
 
-and a language model by Hugging Face id, folder or `asset:…`. A missing weight file never becomes a random encoder.
+and a language model by Hugging Face id, folder, `asset:…`, or `smollm2-135m`, which a package brings. A missing weight
+file never becomes a random encoder.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ from flamingo.data.preprocess import Preprocess
 from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.errors import InputError
 from flamingo.files import fingerprint, one_line, resolve, sample
-from flamingo.interop import compat
+from flamingo.interop import compat, packaged, timm_encoders
 from flamingo.limits import must_fit
 from flamingo.model.build import TOKENIZERS, build_from_parts
 from flamingo.model.cross_attention import GatedCrossAttentionBlock
@@ -110,16 +113,26 @@ def _all_finite(module: torch.nn.Module) -> None:
         raise InputError(f"its weights are not finite, such as those of {bad[0]}")
 
 
-def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = False) -> VisionEncoder:
+def load_vision_encoder(
+    name: str, *, norm: bool = True, class_token: bool = False, image_size: int | None = None
+) -> VisionEncoder:
     """Load a frozen encoder by name (see the top of this file).
 
     norm: features after the tower's final norm; False reproduces what open_flamingo and flamingo-mini were trained
     on (the option `vision_feature_norm`).
     class_token: keep the class token, as the first of the v, as flamingo-mini does (the option `vision_class_token`).
+    image_size: side of the pictures in pixels, if not that of its training (the option `vision_image_size`).
 
-    Raises InputError when the name is unknown, the weights are missing, QuickGELU does not match, or a class token is
-    asked of a tower that has none.
+    Raises InputError when the name is unknown, the weights are missing, QuickGELU does not match, a class token is
+    asked of a tower that has none, or a size of one that cannot take it.
     """
+    if name.startswith("timm:") or name in packaged.VISION_ENCODERS:
+        with _loading(f"the vision encoder {name}", ""):
+            encoder = timm_encoders.load(name, norm, class_token, image_size)
+            _all_finite(encoder)
+        return encoder
+    if image_size is not None:
+        raise InputError(f"the size of pictures can be set for encoders of timm only, not for {name}: leave it out")
     if name.startswith("asset:"):
         return _load_open_clip(f"local-dir:{resolve(name)}", norm, class_token)
     if name.startswith(("hf-hub:", "local-dir:")) or (":" in name and "/" not in name.partition(":")[0]):
@@ -134,7 +147,7 @@ def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = Fal
 
 # ---------------------------------------------------------------------------------------------- the language model
 def load_language_model(name: str, quantization=None):
-    """A causal language model in float32 and its tokenizer, by Hugging Face id, folder, or `asset:…`.
+    """A causal language model in float32 and its tokenizer, by name (see the top of this file).
 
     quantization: one of transformers' quantization configs (4 or 8 bits a weight).
     Raises InputError when either cannot be loaded, is not whole, or brings code of its own, which is never run.
@@ -143,7 +156,8 @@ def load_language_model(name: str, quantization=None):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for a file that loads in a second only hides what matters
-    folder_or_id = os.path.expanduser(resolve(name))
+    packed = name in packaged.LANGUAGE_MODELS
+    folder_or_id = str(packaged.language_model_folder(name)) if packed else os.path.expanduser(resolve(name))
     with _loading(f"the language model {name}", folder_or_id):
         try:  # False: the default is to ask, in the middle of a run
             config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False)
@@ -193,7 +207,9 @@ def build_flamingo(config: ModelConfig, quantization=None) -> Built:
     """
     compat.check_versions()
     vision, language = config.vision, config.language
-    encoder = load_vision_encoder(vision.name, norm=vision.feature_norm, class_token=vision.class_token)
+    encoder = load_vision_encoder(
+        vision.name, norm=vision.feature_norm, class_token=vision.class_token, image_size=vision.image_size
+    )
     lm, tokenizer = load_language_model(language.name, quantization)
     found = dataclasses.replace(
         config,

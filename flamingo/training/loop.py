@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,19 @@ def validate(
             totals["val_loss_blind"] += model(**batch.inputs(), blind=True).loss.item() * count
     model.train()
     return {name: total / max(1, targets) for name, total in totals.items()}
+
+
+def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
+    """The batch with a share of each picture's patches, the same places for all; a function of (seed, step) alone.
+
+    (It is to features what a random crop is to pictures. The resampler does not mind how many patches there are.)
+    """
+    if options.patches == 1 or batch.features is None:
+        return batch
+    v = batch.features.shape[2]
+    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
+    places = torch.randperm(v, generator=generator)[: max(1, round(options.patches * v))]
+    return replace(batch, features=batch.features[:, :, places])  # (N, F, v, d)
 
 
 def describe(model: VisionLanguageModel) -> str:
