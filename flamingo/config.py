@@ -303,8 +303,9 @@ class TrainingOptions:
         0, "stop after so many validations without a lower loss and keep the best weights; 0: all steps, the last ones"
     )
     patches: float = option(
-        1.0, "share of a picture's cached patches that a step sees, drawn anew each time, so that few pictures are not "
-        "learned by heart"
+        1.0,
+        "share of a picture's cached patches that a step sees, drawn anew each time, so that few pictures are not "
+        "learned by heart",
     )
     cache: str = option(
         "~/.cache/flamingo", "folder for features of a captioned set's pictures, encoded once (size is said); or off"

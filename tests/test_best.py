@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_flamingo
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,7 +17,6 @@ from flamingo.run_folder import in_run_folder
 from flamingo.training import best, loop
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.log import RunLog
-from conftest import tiny_flamingo
 
 
 def validated(log: RunLog, kept: best.Best, step: int, loss: float) -> bool:

@@ -52,7 +52,7 @@ def test_a_truncated_file_is_refused_before_it_is_read(fake, monkeypatch):
     path = packaged.packaged_file("toy", fake)
     path.write_bytes(FILE[:-3])
     monkeypatch.setitem(packaged.VISION_ENCODERS, "efficientnet-lite2", fake)
-    with pytest.raises(InputError, match="cannot load the vision encoder efficientnet-lite2: .* is not the file"):
+    with pytest.raises(InputError, match=r"cannot load the vision encoder efficientnet-lite2: .* is not the file"):
         load_vision_encoder("efficientnet-lite2")
 
 
@@ -127,7 +127,7 @@ def test_a_name_that_cannot_be_loaded_is_one_sentence(name, options, reason):
 
 def test_weights_of_another_network_a_wrong_size_and_a_missing_class_token(tmp_path):
     weights_of(tmp_path, "resnet10t")
-    with pytest.raises(InputError, match="the weights are not those of this network: .* such as"):
+    with pytest.raises(InputError, match=r"the weights are not those of this network: .* such as"):
         load_vision_encoder(f"timm:convnext_atto:{tmp_path}")
     with pytest.raises(InputError, match="has no class token: set vision_class_token to false"):
         load_vision_encoder(f"timm:resnet10t:{tmp_path}", class_token=True)
@@ -138,7 +138,7 @@ def test_weights_of_another_network_a_wrong_size_and_a_missing_class_token(tmp_p
         load_vision_encoder(mixer, image_size=256)
     _, vit = weights_of(tmp_path, "vit_tiny_patch16_224")
     assert load_vision_encoder(vit, image_size=64)(torch.randn(1, 3, 64, 64)).shape == (1, 16, 192)
-    with pytest.raises(InputError, match="takes no other size|cannot take pictures of 8 x 8 pixels"):
+    with pytest.raises(InputError, match=r"takes no other size|cannot take pictures of 8 x 8 pixels"):
         load_vision_encoder(vit, image_size=8)
 
 

@@ -17,14 +17,13 @@ picture: score minus control, resampled (a paired bootstrap).
 import random
 from collections.abc import Sequence
 
-import numpy as np
-
-from flamingo.evaluation.metrics import bootstrap_interval, caption_metrics, cider_d, exact_match, normalise
 from flamingo.evaluation import neighbours
+from flamingo.evaluation.metrics import bootstrap_interval, caption_metrics, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import EvaluationSet, Item
+from flamingo.evaluation.typical import most_typical
 
 CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
 SHOWN_INSTEAD = {"blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
@@ -71,7 +70,7 @@ def constant_captions(test_set: EvaluationSet) -> list[str]:
     chosen: dict[str, str] = {}
     for style in {item.style for item in test_set.items}:
         captions = list(dict.fromkeys(item.caption_in(style) for item in test_set.support))[:COMPARED]
-        chosen[style] = neighbours.most_typical(captions)
+        chosen[style] = most_typical(captions)
     return [chosen[item.style] for item in test_set.items]
 
 

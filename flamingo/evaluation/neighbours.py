@@ -13,18 +13,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import Item
+from flamingo.evaluation.typical import most_typical
 
 CONTROLS = ("nearest", "typical")
 NEIGHBOURS = 5
-
-
-def most_typical(captions: Sequence[str]) -> str:
-    """The caption that shares most words with all (the first of equals): the mean share of common words."""
-    words = [set(ptb_tokens(caption)) for caption in captions]
-    alike = [sum(len(own & other) / max(1, len(own | other)) for other in words) for own in words]
-    return captions[max(range(len(captions)), key=alike.__getitem__)]
 
 
 def captions_of_neighbours(vectors: Tensor, support_vectors: Tensor, support: Sequence[Item]) -> dict[str, list[str]]:

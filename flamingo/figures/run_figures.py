@@ -73,7 +73,7 @@ def samples_figure(
     similarities: Sequence[float | None],
 ) -> None:
     """Pictures with the predicted and a true caption. Where one caption is right, green if it is the predicted one and
-    red if not; where people wrote several, the more green the higher its CIDEr-D (similarities, None: there is none)."""
+    red if not; where people wrote several, the more green the higher its CIDEr-D (similarities; None: not so)."""
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.8 * rows), squeeze=False, layout="constrained")

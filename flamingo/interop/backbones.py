@@ -28,7 +28,7 @@ from flamingo.data.preprocess import Preprocess
 from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.errors import InputError
 from flamingo.files import fingerprint, one_line, resolve, sample
-from flamingo.interop import compat, packaged, timm_encoders
+from flamingo.interop import compat, hub, packaged, timm_encoders
 from flamingo.limits import must_fit
 from flamingo.model.build import TOKENIZERS, build_from_parts
 from flamingo.model.cross_attention import GatedCrossAttentionBlock
@@ -63,7 +63,10 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
                 f"{model_name} has no weights {pretrained!r}: choose one of {', '.join(known) or '(none)'}"
             )
         _quick_gelu_must_match(model_name, pretrained)
-    with _loading(f"the vision encoder {name}", str(folder or "")):
+    on_hub = None if folder else name.removeprefix("hf-hub:") if pretrained is None else ""
+    if pretrained in open_clip.list_pretrained_tags_by_model(model_name):
+        on_hub = open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub", "").strip("/")
+    with _loading(f"the vision encoder {name}", str(folder or ""), on_hub):
         clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
         _all_finite(clip.visual)
     preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
@@ -74,7 +77,7 @@ def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionE
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     folder_or_id = os.path.expanduser(name)
-    with _loading(f"the vision encoder {name}", folder_or_id):
+    with _loading(f"the vision encoder {name}", folder_or_id, None if Path(folder_or_id).is_dir() else name):
         tower, found = CLIPVisionModel.from_pretrained(folder_or_id, dtype=torch.float32, output_loading_info=True)
         _all_there(found)
         _all_finite(tower)
@@ -84,12 +87,16 @@ def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionE
 
 
 @contextlib.contextmanager
-def _loading(what: str, folder_or_id: str) -> Iterator[None]:
+def _loading(what: str, folder_or_id: str, on_hub: str | None = None) -> Iterator[None]:
     """What a library raises for a name, a folder or a file that is not as it should be → InputError. There is no end to
-    the kinds: each file format has its own, and a config with a wrong number fails wherever that is first used."""
+    the kinds: each file format has its own, and a config with a wrong number fails wherever that is first used.
+
+    on_hub: the repository it comes from, "" if it comes from some; None if it is on this machine.
+    """
     place = Path(folder_or_id)
     if (place.is_absolute() or folder_or_id.startswith(".")) and not place.is_dir():
         raise InputError(f"cannot load {what}: there is no folder {place}")
+    no_hub = on_hub is not None and not hub.is_there_a_hub()
     try:
         with compat.quiet():
             yield
@@ -98,6 +105,8 @@ def _loading(what: str, folder_or_id: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if no_hub:
+            raise InputError(f"cannot load {what}: {hub.how_to_do_without(on_hub)}") from error
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise InputError(f"cannot load {what}: {kind}{one_line(error)}") from error
 
@@ -127,7 +136,7 @@ def load_vision_encoder(
     asked of a tower that has none, or a size of one that cannot take it.
     """
     if name.startswith("timm:") or name in packaged.VISION_ENCODERS:
-        with _loading(f"the vision encoder {name}", ""):
+        with _loading(f"the vision encoder {name}", "", None if name.count(":") != 1 else ""):
             encoder = timm_encoders.load(name, norm, class_token, image_size)
             _all_finite(encoder)
         return encoder
@@ -158,7 +167,7 @@ def load_language_model(name: str, quantization=None):
     disable_progress_bar()  # a bar for a file that loads in a second only hides what matters
     packed = name in packaged.LANGUAGE_MODELS
     folder_or_id = str(packaged.language_model_folder(name)) if packed else os.path.expanduser(resolve(name))
-    with _loading(f"the language model {name}", folder_or_id):
+    with _loading(f"the language model {name}", folder_or_id, None if Path(folder_or_id).is_dir() else name):
         try:  # False: the default is to ask, in the middle of a run
             config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder_or_id, trust_remote_code=False)

@@ -27,7 +27,7 @@ from flamingo.errors import InputError
 from flamingo.files import UNFINISHED, one_line, writing
 from flamingo.interop import compat
 
-INSTALL = "pip install -r requirements.txt -r requirements-photos.txt -c constraints.txt && pip install --no-deps {}"
+INSTALL = "pip install --no-deps -r requirements-photos.txt"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Packaged:
     file: str
     sha256: str
     needs: tuple[str, ...] = ()
-
-    @property
-    def install(self) -> str:
-        return INSTALL.format(f"{self.package}=={self.version}")
 
 
 LANGUAGE_MODELS = {
@@ -74,21 +70,21 @@ def packaged_file(name: str, weights: Packaged) -> Path:
     try:
         found = version(package)
     except PackageNotFoundError:
-        raise InputError(f"{name} comes with the package {package}, which is missing: {weights.install}") from None
+        raise InputError(f"{name} comes with the package {package}, which is missing: {INSTALL}") from None
     if found != weights.version:
-        raise InputError(f"{name} is in {package} {weights.version}, and {found} is installed: {weights.install}")
+        raise InputError(f"{name} is in {package} {weights.version}, and {found} is installed: {INSTALL}")
     if missing := [module for module in weights.needs if importlib.util.find_spec(module) is None]:
-        raise InputError(f"to read {name}, {' and '.join(missing)} must be installed: {weights.install}")
+        raise InputError(f"to read {name}, {' and '.join(missing)} must be installed: {INSTALL}")
     spec = importlib.util.find_spec(package.replace("-", "_"))  # found, not imported: none of its code is run
     file = Path(spec.submodule_search_locations[0]) / weights.file if spec else Path(weights.file)
     if not file.is_file():
-        raise InputError(f"{package} has no file {weights.file}: install it again with {weights.install}")
+        raise InputError(f"{package} has no file {weights.file}: install it again with {INSTALL}")
     with open(file, "rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     if sha256 != weights.sha256:
         raise InputError(
             f"{file} is not the file it should be (sha256 {sha256[:16]}…, expected {weights.sha256[:16]}…): it is "
-            f"damaged or another one. Install it again with {weights.install}"
+            f"damaged or another one. Install it again with {INSTALL}"
         )
     return file
 
@@ -125,7 +121,9 @@ def _convert(name: str, file: Path, folder: Path) -> None:
             lm = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # of as many kinds as there are ways for a file to be wrong
-        raise InputError(f"{file} cannot be read by {compat.with_version('transformers')}: {one_line(error)}") from error
+        raise InputError(
+            f"{file} cannot be read by {compat.with_version('transformers')}: {one_line(error)}"
+        ) from error
     room, needed = shutil.disk_usage(folder.parent).free, 5 * lm.num_parameters()  # 4 bytes each, and the tokenizer
     if room < needed:
         raise InputError(

@@ -43,7 +43,9 @@ def load(name: str, norm: bool, class_token: bool, image_size: int | None) -> Ti
         _resize(tower, name, size)
     tower.reset_classifier(0, "")  # what is asked of it are features
     settings = {"size": size, "mean": known.mean, "std": known.std, "interpolation": known.interpolation}
-    preprocess = Preprocess({"library": "open_clip", "mode": "RGB", "resize_mode": "squash", "fill_color": 0, **settings})
+    preprocess = Preprocess(
+        {"library": "open_clip", "mode": "RGB", "resize_mode": "squash", "fill_color": 0, **settings}
+    )
     return TimmEncoder(tower, name, preprocess, norm, class_token, size)
 
 

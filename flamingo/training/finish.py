@@ -39,8 +39,8 @@ def finish(
     write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
     (folder / RESUME_POINT).unlink()
     print(
-        f"trained for {summary['seconds']:.0f} s, weights of step {summary['steps']}: validation loss {summary['final_val_loss']:.3f} with the picture, "
-        f"{summary['final_val_loss_blind']:.3f} without\n"
+        f"trained for {summary['seconds']:.0f} s, weights of step {summary['steps']}: validation loss "
+        f"{summary['final_val_loss']:.3f} with the picture, {summary['final_val_loss_blind']:.3f} without\n"
         + (f"{look.sentence}\n" if look else "")
         + f"look at {folder}/samples.png, then: python evaluate.py {folder}"
     )
