@@ -50,6 +50,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
         with_cached_features(examples, model.vision_encoder, options.cache, device=place, workers=options.workers)
         for examples in (train_set, validation_set)
     )
+    loop.fit_features(model, train_examples, collate, place)
     adamw = optimizer.make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     points = resume.ResumePoints(folder, model, adamw, options, config, (train_set, validation_set))

@@ -51,6 +51,7 @@ class ResamplerConfig:
         what attention adds to them is what differs: at 1 and 1 at first a tenth of the whole (init_gain, latents_std).
         And attention begins all but uniform, so that every latent holds the same mean of all patches; with larger
         queries each begins with a look of its own (query_gain).
+    standardize: shift and scale each channel of the features first (model/standardize.py).
     """
 
     depth: int = 6
@@ -64,6 +65,7 @@ class ResamplerConfig:
     init_gain: float = 1.0
     query_gain: float = 1.0
     latents_std: float = 1.0
+    standardize: bool = False
 
 
 @dataclass

@@ -151,3 +151,23 @@ def test_missing_head_or_foreign_tensors(tmp_path):
     save_file(body, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="1 tensors are missing"):
         load_vision_encoder(spelled)
+
+
+# -------------------------------------------------------------------------------------------------------------- hub
+def test_without_a_hub_libraries_are_put_offline_and_a_sentence_says_what_to_fetch(monkeypatch):
+    from huggingface_hub import constants
+
+    from flamingo.interop import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port of "discard": nobody listens
+    hub.is_there_a_hub.cache_clear()
+    try:
+        assert hub.is_there_a_hub() is False and constants.HF_HUB_OFFLINE
+        with pytest.raises(InputError, match=r"hf download nobody/lm` was called; --preset photos and --preset class"):
+            load_language_model("nobody/lm")
+        with pytest.raises(InputError, match=r"hf download timm/vit_large_patch14_clip_224\.openai`"):
+            load_vision_encoder("ViT-L-14-quickgelu:openai")
+        assert load_vision_encoder("asset:classroom/clip").dim > 0  # what is here needs no hub
+    finally:
+        hub.is_there_a_hub.cache_clear()

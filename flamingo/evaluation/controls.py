@@ -26,8 +26,11 @@ from flamingo.evaluation.test_set import EvaluationSet, Item
 from flamingo.evaluation.typical import most_typical
 
 CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
-SHOWN_INSTEAD = {"blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
-        "copy_demo": "a copied example"}  # fmt: skip
+SHOWN_INSTEAD = {
+    "blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
+    "copy_demo": "a copied example", "nearest": "the nearest picture's caption",
+    "typical": "the most typical of its neighbours' captions",
+}  # fmt: skip
 COMPARED = 128  # captions among which the constant one is looked for: each is compared with all
 
 

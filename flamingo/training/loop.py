@@ -17,6 +17,8 @@ from flamingo.limits import must_fit
 from flamingo.model.vlm import VisionLanguageModel
 from flamingo.training.resume import way_out
 
+FITTED = 128  # pictures whose features say what a channel's mean and deviation are
+
 
 @torch.no_grad()
 def validate(
@@ -46,6 +48,17 @@ def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
     generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
     places = torch.randperm(v, generator=generator)[: max(1, round(options.patches * v))]
     return replace(batch, features=batch.features[:, :, places])  # (N, F, v, d)
+
+
+@torch.no_grad()
+def fit_features(model: VisionLanguageModel, examples: Dataset, collate: Collate, device: torch.device) -> None:
+    """Let a tokenizer that standardizes features begin with those of `FITTED` training pictures, evenly spread."""
+    if not hasattr(model.vision_tokenizer, "fit_features"):
+        return
+    for_fit = [examples[i] for i in range(0, len(examples), max(1, len(examples) // FITTED))]
+    batch = collate(for_fit).to(device)
+    features = model.encode_images(batch.pixel_values) if batch.features is None else batch.features
+    model.vision_tokenizer.fit_features(features)
 
 
 def describe(model: VisionLanguageModel) -> str:
