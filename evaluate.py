@@ -17,7 +17,8 @@ from flamingo.errors import InputError, run_command, way_on
 from flamingo.limits import SEEDS, checked, in_range, must_fit, plain_text
 from flamingo.run_folder import SUMMARY, held, read_summary
 
-RANGES = {"n": (2, 10**9), "seed": (0, SEEDS), "queries": (2, 10**9), "trials": (1, 1000), "examples": (0, 10**9)}
+RANGES = {"n": (2, 10**9), "seed": (0, SEEDS), "queries": (2, 10**9), "trials": (1, 1000), "examples": (0, 10**9),
+          "beams": (1, 64), "candidates": (1, 256)}  # fmt: skip
 SCENE = 40_000  # bytes of memory for each: the picture, half a novel one, their latents
 
 
@@ -48,6 +49,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--zero-shot", choices=("bare", "two-texts"), default="bare",
         help="what 0 shots shows: nothing, or two examples without their pictures, the Flamingo papers' convention "
              "(default: %(default)s)")  # fmt: skip
+    add(
+        "--beams",
+        type=int,
+        default=1,
+        help="follow so many beginnings of a caption at once; the likeliest whole one wins (default: %(default)s)",
+    )
+    add("--candidates", type=int, default=1,
+        help="draw so many captions; the one most like the others is given (default: %(default)s: the likeliest token "
+             "each time)")  # fmt: skip
     add("--plain", action="store_true", help="leave out flamingo/fast: the model as flamingo/model has it, in float32")
     add("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     add("--examples", type=int, default=8, help="captions to print (default: %(default)s)")
@@ -59,6 +69,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             checked(f"--{name.replace('_', '-')}", value, str)
     if (args.image_column or args.caption_columns) and not args.data:
         raise InputError("--image-column and --caption-columns belong to --data: name the set")
+    if args.beams > 1 and args.candidates > 1:
+        raise InputError("--beams and --candidates are two ways to choose a caption: give one of them")
     for shots in args.shots or ():
         in_range("--shots", shots, 0, 10**6)
     args.run = args.run.expanduser()
@@ -78,6 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from flamingo.config import to_flat
     from flamingo.data.answer_columns import AnswerColumns
+    from flamingo.evaluation.captioning import Decoding
     from flamingo.evaluation.parts import Parts
     from flamingo.evaluation.predictor import Predictor
     from flamingo.evaluation.report import write_report
@@ -113,7 +126,7 @@ def evaluate(args: argparse.Namespace) -> None:
         test_set = classroom_test_set(args.split, args.n, args.seed)
     else:
         test_set = captioned_test_set(options, args.split, args.n, args.seed, columns)
-    predictor = Predictor(model, processor, dtype)
+    predictor = Predictor(model, processor, dtype, Decoding(args.beams, args.candidates), args.seed)
     check_decoding(model, predictor.autocast)
     todo = plan(test_set, predictor, args)  # mistakes are found here, before anything is run
     weights = (args.run / WEIGHTS).stat()

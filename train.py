@@ -2,6 +2,7 @@
 
     python train.py                                       the classroom: offline, minutes on a laptop
     python train.py --data my_pictures                    a folder of captioned pictures (see flamingo/data/captions.py)
+    python train.py --preset photos --data my_photos      photographs and a language model that knows English, no hub
     python train.py --preset opt-125m                     the real recipe: one GPU and a hub connection
     python train.py --resume runs/classroom               go on with a run that was stopped
 
@@ -31,7 +32,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     from flamingo.evaluation.first_look import validation_items
     from flamingo.fast import checkpointing, compiling, device, enable, precision
     from flamingo.interop.backbones import build_flamingo
-    from flamingo.training import finish, loop, optimizer, resume, sources
+    from flamingo.training import best, finish, loop, optimizer, resume, sources
     from flamingo.training.log import RunLog
 
     # ------------------------------------------------------------------------------------------------ build
@@ -49,11 +50,13 @@ def main(options: TrainingOptions, folder: Path) -> None:
         with_cached_features(examples, model.vision_encoder, options.cache, device=place, workers=options.workers)
         for examples in (train_set, validation_set)
     )
+    loop.fit_features(model, train_examples, collate, place)
     adamw = optimizer.make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     points = resume.ResumePoints(folder, model, adamw, options, config, (train_set, validation_set))
     first_step, dtype = points.restore() if options.resume else (0, options.dtype)
     log = RunLog(folder, options, LAUNCHED, [*train_set.skipped, *validation_set.skipped], first_step)
+    kept = best.Best(folder, model, log, options.patience)
 
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
@@ -79,7 +82,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     bar = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps, desc="train", unit="step")
     for step in bar:
         optimizer.set_learning_rate(adamw, step, options)
-        group = [next(stream) for _ in range(options.accumulate)]
+        group = [loop.some_patches(next(stream), step, options) for _ in range(options.accumulate)]
         targets = max(1, sum(batch.targets for batch in group))
         loss = torch.zeros((), device=place)
         for batch in group:
@@ -99,10 +102,14 @@ def main(options: TrainingOptions, folder: Path) -> None:
         if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
             score = log.samples(model, processor, shown, lambda: precision.autocast(place, dtype), bar)
             log.validation(step + 1, loop.validate(model, held_out, place, dtype) | score, model.gates(), bar)
+            if kept.should_stop():
+                break
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             points.save(step + 1, dtype)
             device.give_back_freed_memory()
 
+    bar.close()
+    kept.restore()
     finish.finish(folder, model, processor, config, shown, log, counts, place, dtype)
 
 

@@ -26,6 +26,7 @@ class VisionConfig:
     name: in any spelling of interop/backbones.py. dim: d; found from the encoder when None, checked when given.
     feature_norm: patch features after the encoder's final norm, or before it, as open_flamingo and flamingo-mini were
         trained. class_token: it stands before the patches (flamingo-mini) or is left out.
+    image_size: side of the pictures in pixels; the one it was trained with when None (timm's encoders take others).
     freeze: only True can be trained. fingerprint: of the weights the model was trained with; filled in by us.
     """
 
@@ -33,6 +34,7 @@ class VisionConfig:
     dim: int | None = None
     feature_norm: bool = True
     class_token: bool = False
+    image_size: int | None = None
     freeze: bool = True
     fingerprint: str | None = None
 
@@ -49,6 +51,7 @@ class ResamplerConfig:
         what attention adds to them is what differs: at 1 and 1 at first a tenth of the whole (init_gain, latents_std).
         And attention begins all but uniform, so that every latent holds the same mean of all patches; with larger
         queries each begins with a look of its own (query_gain).
+    standardize: shift and scale each channel of the features first (model/standardize.py).
     """
 
     depth: int = 6
@@ -62,6 +65,7 @@ class ResamplerConfig:
     init_gain: float = 1.0
     query_gain: float = 1.0
     latents_std: float = 1.0
+    standardize: bool = False
 
 
 @dataclass
@@ -145,7 +149,8 @@ _FLAT_BY_NAME = {
     "decoder_layers_attr_name": "language.decoder_layers", "lm_fingerprint": "language.fingerprint",
     "clip_model_type": "vision.name", "dim_visual": "vision.dim", "freeze_vision_model": "vision.freeze",
     "vision_feature_norm": "vision.feature_norm", "vision_class_token": "vision.class_token",
-    "vision_fingerprint": "vision.fingerprint", "resampler_num_time_embeds": "tokenizer.max_num_frames",
+    "vision_fingerprint": "vision.fingerprint", "vision_image_size": "vision.image_size",
+    "resampler_num_time_embeds": "tokenizer.max_num_frames",
     "only_attend_immediate_media": "fusion.only_immediate_media",
     "tokenizer_type": "tokenizer_type", "fusion_type": "fusion_type",
 }  # fmt: skip
@@ -265,7 +270,7 @@ def option(default, text: str):
 class TrainingOptions:
     """The options of train.py. A preset sets some of the defaults."""
 
-    preset: str = option("classroom", "which recipe to train: classroom, opt-125m or gpt2")
+    preset: str = option("classroom", "which recipe to train: classroom, photos, opt-125m or gpt2")
     data: str | None = option(
         None, "what to train on: a hub name, a folder of captioned pictures, or a .jsonl, .csv or .parquet file"
     )
@@ -299,6 +304,14 @@ class TrainingOptions:
     eval_every: int = option(100, "optimizer steps between validations")
     save_every: int = option(100, "optimizer steps between the points a killed run can be resumed from")
     eval_batches: int = option(4, "batches of a validation")
+    patience: int = option(
+        0, "stop after so many validations without a lower loss and keep the best weights; 0: all steps, the last ones"
+    )
+    patches: float = option(
+        1.0,
+        "share of a picture's cached patches that a step sees, drawn anew each time, so that few pictures are not "
+        "learned by heart",
+    )
     cache: str = option(
         "~/.cache/flamingo", "folder for features of a captioned set's pictures, encoded once (size is said); or off"
     )

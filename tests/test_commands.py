@@ -147,7 +147,7 @@ for module in pkgutil.walk_packages(flamingo.__path__, "flamingo."):
 
 # --------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("arguments, reason", [
-    (["--preset", "opt-66b"], "unknown preset 'opt-66b': choose one of classroom, opt-125m, gpt2"),
+    (["--preset", "opt-66b"], "unknown preset 'opt-66b': choose one of classroom, photos, opt-125m, gpt2"),
     (["--stepz", "5"], "unrecognized arguments: --stepz"),
     (["--steps", "many"], "invalid int value"),
     (["--steps", "0"], "--steps must be at least 1, but is 0"),
@@ -170,7 +170,7 @@ def test_mistakes_end_with_one_sentence_and_exit_code_2(tmp_path):
 
 def test_a_preset_whose_backbones_cannot_be_reached_says_so(tmp_path):
     result = run("train.py", "--preset", "opt-125m", "--out", tmp_path / "run", "--lm", "nobody/opt-125m")
-    one_sentence(result, "cannot load the vision encoder ViT-L-14-quickgelu:openai")
+    one_sentence(result, "cannot load the vision encoder ViT-L-14-quickgelu:openai", "--preset photos and --preset")
     assert not (tmp_path / "run").exists()
 
 

@@ -23,13 +23,14 @@ from flamingo.classroom import scenes
 from flamingo.classroom.invented import is_held_out
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
-from flamingo.evaluation import attention, controls
+from flamingo.evaluation import attention, controls, neighbours
 from flamingo.evaluation.few_shot import FewShot, check_shots, choose_examples, curve, prompt_text
 from flamingo.evaluation.parts import FILE, Parts
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.report import report_page
 from flamingo.evaluation.run import plan, run_plan
 from flamingo.evaluation.test_set import EvaluationSet, Item, classroom_items, classroom_test_set
+from flamingo.evaluation.typical import most_typical
 from flamingo.interop.backbones import build_flamingo
 from flamingo.presets import model_config
 from flamingo.training.checkpoint import save_model
@@ -116,6 +117,19 @@ def test_a_copied_example_is_never_the_right_caption(test_set):
     said = controls.copied_captions(test_set, 0)
     assert said == controls.copied_captions(test_set, 0) != controls.copied_captions(test_set, 1)
     assert len(set(controls.constant_captions(test_set))) == len({item.style for item in test_set.items})
+
+
+def test_neighbours_captions_are_those_of_the_pictures_most_alike():
+    support = [Item(Image.new("RGB", (8, 8)), "", captions, "1") for captions in (
+        ["a cat sleeps"], ["two dogs run", "a dog runs on grass"], ["a dog runs", "a brown dog runs on grass"],
+        ["a red car"], ["a house"], ["a tree"], ["a boat on the sea"],
+    )]  # fmt: skip
+    vectors = torch.nn.functional.one_hot(torch.arange(7), 8).float()
+    vectors[:, 7] = torch.tensor([0.0, 0.9, 0.8, 0.1, 0.1, 0.1, 0.0])  # how much of a dog is in it
+    dog = torch.nn.functional.normalize(torch.tensor([[0.0, 0.5, 0, 0, 0, 0, 0, 1]]), dim=-1)
+    found = neighbours.captions_of_neighbours(dog, vectors, support)
+    assert found == {"nearest": ["two dogs run"], "typical": ["a dog runs on grass"]}
+    assert most_typical(["a house", "a dog runs", "a dog runs fast"]) == "a dog runs"
 
 
 def test_evaluation_json_has_every_key_it_promises(result):
@@ -338,9 +352,15 @@ def test_a_captioned_set_is_examined(run_folder, tmp_path, capsys):
         result["few_shot"]["template"] == "Output:" and result["few_shot"]["support"] == 4
     )  # 2 of 6 lent for validation
     assert result["headline_metric"] == "CIDEr-D" and result["attention_hit_rate"] is None
-    assert "cider_d" in capsys.readouterr().out
+    assert result["controls"].keys() == result["gain"].keys() > {"nearest", "typical", "blind"}
+    assert all({"low", "high"} < control["bleu_4"].keys() for control in result["controls"].values())
+    out = capsys.readouterr().out
+    assert "cider_d" in out and "WRONG" not in out and "the nearest picture's caption" in out
+    report = (run_folder / "report.html").read_text()
+    assert 'graded" style="--grade: ' in report
     assert "better half" in (run_folder / "report.html").read_text()
     assert [path.name for path in run_folder.iterdir() if path.name.startswith(".")] == []
+    assert 'alt=""' in report and "CIDEr-D 0." in report
     run_command(run_folder, "--data", data, "--split", "validation", "--shots")  # no number: no few-shot
     result = json.loads((run_folder / "evaluation.json").read_text())
     assert result["shots"] == {} and result["split"] == "validation"

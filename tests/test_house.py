@@ -17,7 +17,14 @@ FLOORS = [
     ("fast",),
     ("data",),
     ("classroom", "figures.run_figures", "figures.evaluation_figures"),
-    ("interop.backbones", "interop.adapters", "interop.selfcheck"),
+    (
+        "interop.backbones",
+        "interop.hub",
+        "interop.packaged",
+        "interop.timm_encoders",
+        "interop.adapters",
+        "interop.selfcheck",
+    ),
     ("evaluation",),
     ("training",),
     (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,41 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
+from flamingo.evaluation.typical import most_typical
 from flamingo.model.vlm import Flamingo
 
 NEW_TOKENS = 32  # longest caption, in tokens
 Picture = Image.Image | Callable[[], Image.Image]  # one, or what reads it when it is needed
+TEMPERATURE = 0.5  # of candidates: at 1 one in two has a word that is wrong
 CANDIDATES = 640  # answers scored at a time, over all texts: the logits of each need memory
 
 
 def prepared(processor: FlamingoProcessor, pictures: Sequence[Picture]) -> Tensor:
     """N pictures → (N, F=1, C, H, W). One after the other is opened, so that no two large ones are in memory."""
     return processor.preprocess_images(picture() if callable(picture) else picture for picture in pictures)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a caption is chosen.
+
+    beams: that many beginnings are followed at once, and the likeliest whole caption wins. candidates: so many captions
+    are drawn at random, and the one that has most in common with the others is given: what is said in one of them only
+    is more often wrong than what most of them say (minimum Bayes risk, Kumar and Byrne 2004). 1 and 1: the likeliest
+    token each time.
+    """
+
+    beams: int = 1
+    candidates: int = 1
+
+    def options(self) -> dict:
+        """For `generate`."""
+        if self.candidates > 1:
+            return {"do_sample": True, "num_return_sequences": self.candidates, "temperature": TEMPERATURE}
+        return {"num_beams": self.beams} if self.beams > 1 else {}
+
+
+GREEDY = Decoding()
 
 
 @torch.no_grad()
@@ -95,6 +121,7 @@ def continue_texts(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     batch_size: int = 128,
     progress: str | None = None,
+    decoding: Decoding = GREEDY,
     **generation_options,
 ) -> list[str]:
     """What the model generates at the end of each text, whose last chunk has a picture and a prompt but no caption.
@@ -103,15 +130,18 @@ def continue_texts(
         latents: (N, n, d) the bank. texts: `Chunk.picture` is a row of the bank.
         blind: take the pictures away (a control).
         autocast: makes the context that sets the precision. progress: title of a progress bar, none if not given.
+        decoding: how one of many possible texts is chosen (candidates are drawn by torch's global generator).
         generation_options: see `Flamingo.generate`.
     """
-    options = {"max_new_tokens": NEW_TOKENS} | generation_options
+    options, count = {"max_new_tokens": NEW_TOKENS} | decoding.options() | generation_options, decoding.candidates
 
     def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> list[str]:
         with autocast():
             generated = model.generate(input_ids, attention_mask, **({"blind": True} if blind else pictures), **options)
-        return processor.decode_captions(generated, input_ids.shape[1])
+        said = processor.decode_captions(generated, input_ids.shape[1])
+        return [most_typical(said[first : first + count]) for first in range(0, len(said), count)]
 
+    batch_size = max(1, batch_size // (count * decoding.beams))
     return _in_batches(processor, latents, texts, batch_size, progress, answer)
 
 

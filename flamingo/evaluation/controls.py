@@ -8,38 +8,57 @@ which are given no picture or the wrong one:
     constant    the same caption for every picture: the one of the support pictures that is most like all others
     copy_demo   the caption of another picture, drawn from the support: what a model that copies its example gives
 
-Only what lies above all four was read off the picture. Whether a difference is more than chance is tested picture by
+On a captioned set two more, which the encoder gives without any language model: nearest and typical (neighbours.py).
+
+Only what lies above all of them was read off the picture. Whether a difference is more than chance is tested picture by
 picture: score minus control, resampled (a paired bootstrap).
 """
 
 import random
 from collections.abc import Sequence
 
-import numpy as np
-
+from flamingo.evaluation import neighbours
 from flamingo.evaluation.metrics import bootstrap_interval, caption_metrics, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import EvaluationSet, Item
+from flamingo.evaluation.typical import most_typical
 
 CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
-SHOWN_INSTEAD = {"blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
-        "copy_demo": "a copied example"}  # fmt: skip
+SHOWN_INSTEAD = {
+    "blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
+    "copy_demo": "a copied example", "nearest": "the nearest picture's caption",
+    "typical": "the most typical of its neighbours' captions",
+}  # fmt: skip
 COMPARED = 128  # captions among which the constant one is looked for: each is compared with all
 
 
+def controls_of(test_set: EvaluationSet) -> tuple[str, ...]:
+    """The controls of a test set: in the classroom a neighbour's caption would mean nothing, for there are as many
+    scenes as one likes."""
+    return CONTROLS if test_set.classroom else (*CONTROLS, *neighbours.CONTROLS)
+
+
 def answer_all(
-    predictor: Predictor, parts: Parts, test_set: EvaluationSet, rows: list[int], novel_rows: list[int], seed: int
-) -> dict[str, list[str]]:
-    """{"own", "novel", and each control: its captions}. rows: the items' pictures in the bank."""
+    predictor: Predictor, parts: Parts, test_set: EvaluationSet, rows: list[int], novel_rows: list[int],
+    support_rows: list[int], seed: int,
+) -> dict[str, list[str]]:  # fmt: skip
+    """{"own", "novel", and each control: its captions}. rows, …: the pictures' places in the bank (support_rows: on a
+    captioned set)."""
     items = test_set.items
     others = rows[1:] + rows[:1]
 
     def predict(pictures: Sequence[int], asked: Sequence[Item], title: str, **control) -> list[str]:
         return parts.keep(title, lambda: predictor.caption(pictures, asked, title, **control))
 
-    return {
+    def of_neighbours() -> dict[str, list[str]]:
+        return neighbours.captions_of_neighbours(
+            predictor.pooled[rows], predictor.pooled[support_rows], test_set.support
+        )
+
+    alike = {} if test_set.classroom else parts.keep("neighbours", of_neighbours)
+    return alike | {
         "own": predict(rows, items, "captioning"),
         "novel": predict(novel_rows, test_set.novel, "captioning novel") if test_set.novel else [],
         "blind": predict(rows, items, "blind", blind=True),
@@ -54,9 +73,7 @@ def constant_captions(test_set: EvaluationSet) -> list[str]:
     chosen: dict[str, str] = {}
     for style in {item.style for item in test_set.items}:
         captions = list(dict.fromkeys(item.caption_in(style) for item in test_set.support))[:COMPARED]
-        words = [set(ptb_tokens(caption)) for caption in captions]
-        alike = [sum(len(own & other) / max(1, len(own | other)) for other in words) for own in words]
-        chosen[style] = captions[int(np.argmax(alike))]
+        chosen[style] = most_typical(captions)
     return [chosen[item.style] for item in test_set.items]
 
 
@@ -85,7 +102,7 @@ def score_with_controls(test_set: EvaluationSet, predictions: dict[str, list[str
             for group, which in by_group(test_set.items).items()
         },
         "metrics": scores(predictions["own"], truths, seed),
-        "controls": {name: scores(predictions[name], truths, seed) for name in CONTROLS},
+        "controls": {name: scores(predictions[name], truths, seed) for name in controls_of(test_set)},
     }
     result |= verdict(test_set, predictions, seed)
     if test_set.novel:
@@ -118,8 +135,8 @@ def verdict(test_set: EvaluationSet, predictions: dict[str, list[str]], seed: in
 
     By exact match in the classroom, where there is one right caption, else (or if it is never right) by CIDEr-D.
     """
-    truths = [item.truths for item in test_set.items]
-    per_picture = {name: exact_match(predictions[name], truths) for name in ("own", *CONTROLS)}
+    truths, compared = [item.truths for item in test_set.items], controls_of(test_set)
+    per_picture = {name: exact_match(predictions[name], truths) for name in ("own", *compared)}
     metric = "exact match"
     if not (test_set.classroom and per_picture["own"].any()):
         metric, references = "CIDEr-D", [[ptb_tokens(text) for text in texts] for texts in truths]
@@ -127,18 +144,18 @@ def verdict(test_set: EvaluationSet, predictions: dict[str, list[str]], seed: in
             name: cider_d([ptb_tokens(text) for text in predictions[name]], references) for name in per_picture
         }
     own, gain = per_picture["own"], {}
-    for name in CONTROLS:
+    for name in compared:
         difference = own - per_picture[name]
         low, high = bootstrap_interval(difference, seed=seed)
         gain[name] = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
-    above = [name for name in CONTROLS if gain[name]["low"] > 0]
+    above = [name for name in compared if gain[name]["low"] > 0]
     looks = "blind" in above and "shuffled" in above
-    figures = ", ".join(f"{per_picture[name].mean():.3f} with {SHOWN_INSTEAD[name]}" for name in CONTROLS)
+    figures = ", ".join(f"{per_picture[name].mean():.3f} with {SHOWN_INSTEAD[name]}" for name in compared)
     score = f"{metric} {own.mean():.3f} with its own picture, {figures} (n = {len(own)})"
-    if looks and len(above) == len(CONTROLS):
+    if looks and len(above) == len(compared):
         sentence = f"It looks: {score}."
     elif looks:
-        behind = " and ".join(SHOWN_INSTEAD[name] for name in CONTROLS if name not in above)
+        behind = " and ".join(SHOWN_INSTEAD[name] for name in compared if name not in above)
         sentence = f"It looks, but does not say more than {behind} would: {score}."
     else:
         same = " or ".join(SHOWN_INSTEAD[name] for name in ("blind", "shuffled") if name not in above)

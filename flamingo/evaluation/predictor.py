@@ -7,6 +7,7 @@ others). So all pictures are put into one bank first; it is encoded once, when t
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from flamingo.data.processor import Chunk, FlamingoProcessor
@@ -19,10 +20,13 @@ from flamingo.model.vlm import Flamingo
 
 
 class Predictor:
-    """dtype: precision of the run, float32 or bfloat16."""
+    """dtype: precision of the run, float32 or bfloat16. decoding: how captions are chosen; seed: of candidates."""
 
-    def __init__(self, model: Flamingo, processor: FlamingoProcessor, dtype: str = "float32"):
-        self.model, self.processor, self.dtype = model, processor, dtype
+    def __init__(
+        self, model: Flamingo, processor: FlamingoProcessor, dtype: str = "float32",
+        decoding: captioning.Decoding = captioning.GREEDY, seed: int = 0,
+    ):  # fmt: skip
+        self.model, self.processor, self.dtype, self.decoding, self.seed = model, processor, dtype, decoding, seed
         self.device = next(model.vision_tokenizer.parameters()).device
         self.pictures: list[captioning.Picture] = []
 
@@ -55,9 +59,11 @@ class Predictor:
 
     def predict(self, texts: Sequence[Sequence[Chunk]], title: str, *, blind: bool = False) -> list[str]:
         """What the model generates at the end of each text; `Chunk.picture` are rows of the bank."""
+        torch.manual_seed(self.seed)  # so that a part gives the same whether others were done before it or kept
         return captioning.continue_texts(
-            self.model, self.processor, self.latents, texts, blind=blind, autocast=self.autocast, progress=title
-        )
+            self.model, self.processor, self.latents, texts, blind=blind, autocast=self.autocast, progress=title,
+            decoding=self.decoding,
+        )  # fmt: skip
 
     def caption(self, rows: Sequence[int], items: Sequence[Item], title: str, *, blind: bool = False) -> list[str]:
         """What the model generates after each item's prompt, beside the picture of the bank in the same place of

@@ -18,6 +18,7 @@ from flamingo.evaluation.gates import gates_sentence
 from flamingo.evaluation.single_objects import binding_sentence
 from flamingo.evaluation.test_set import EvaluationSet
 from flamingo.figures import evaluation_figures as figures
+from flamingo.figures.run_figures import CLOSE
 from flamingo.files import write_atomically
 
 FILE = "report.html"
@@ -50,6 +51,7 @@ figure { margin: 0; } figure img { max-width: 100%; background: #fff; border-rad
 .card { background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--wrong); border-radius: 6px;
   padding: .5rem; font-size: .82rem; line-height: 1.35; }
 .card.right { border-top-color: var(--right); }
+.card.graded { border-top-color: color-mix(in oklab, var(--right) var(--grade), var(--line)); }
 .card img { width: 100%; border-radius: 4px; display: block; margin-bottom: .4rem; }
 .card p { margin: .15rem 0; } .card .true { color: var(--quiet); }
 .filter { position: absolute; opacity: 0; }
@@ -135,8 +137,9 @@ def _scores(result: dict) -> str:
     return _table(head, rows) + (
         f'<p class="quiet">Scales. {escape(scale)}.</p>'
         '<p class="quiet">Controls. Blind: the picture taken away. Shuffled: another’s picture. Constant: one '
-        "caption for all. Copy demo: the caption of a picture drawn from the examples. What lies above all four was "
-        "read off the picture.</p>"
+        "caption for all. Copy demo: the caption of a picture drawn from the examples. Nearest: the caption of the "
+        "training picture that looks most alike; typical: of the captions of the five nearest the one most like the "
+        "others. What lies above all of them was read off the picture.</p>"
     )
 
 
@@ -217,12 +220,17 @@ def _thumbnail(picture: Image.Image, side: int = THUMBNAIL) -> Image.Image:
 
 
 def _card(test_set: EvaluationSet, result: dict, i: int, good: bool) -> str:
+    """Right or wrong where one caption is right; elsewhere a shade for how close it is to what people wrote."""
     example = result["examples"][i]
     prompt = f'<p class="true">{escape(example["prompt"])}</p>' if example["prompt"] else ""
     true = "" if example["right"] else f'<p class="true">true: {escape(example["true"])}</p>'
+    kind = "right" if good else "wrong"
+    if not test_set.classroom:
+        true += f'<p class="true">CIDEr-D {example["score"]:.2f}</p>'
+        kind += f' graded" style="--grade: {100 * min(1, example["score"] / CLOSE):.0f}%'
     picture = _data(figures.png(_thumbnail(test_set.items[i].picture)))
     return (
-        f'<div class="card {"right" if good else "wrong"}"><img src="{picture}" alt="" loading="lazy">{prompt}'
+        f'<div class="card {kind}"><img src="{picture}" alt="" loading="lazy">{prompt}'
         f"<p>{escape(example['said'] or '(nothing)')}</p>{true}</div>"
     )
 

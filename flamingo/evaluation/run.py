@@ -5,7 +5,7 @@ n, exact_match, exact_match_blind, exact_match_shuffled, exact_match_novel
 by_objects              number of drawn things (captioned sets: of pictures) → n and the exact matches
 novel                   the scenes of novel objects: n, exact_match, by_objects, metrics (not on captioned sets)
 metrics                 name → {value, low, high, n, scale}; low and high are the 95 % interval over pictures
-controls                blind, shuffled, constant, copy_demo → metrics
+controls                blind, shuffled, constant, copy_demo, captioned sets also nearest, typical → metrics
 looks, verdict          does it look: true or false, and in a sentence; headline_metric: by which score
 gain                    control → {value, low, high}: score minus control, paired by picture
 exact_match_style_given, exact_match_novel_style_given
@@ -75,12 +75,14 @@ LOOKED_AT = {True: 200, False: 32}  # pictures whose attention is worked out: in
 
 @dataclass
 class Plan:
-    """All that will be scored. rows, novel_rows: the items' pictures in the bank. how: None leaves few-shot out."""
+    """All that will be scored. rows, novel_rows, support_rows: their pictures in the bank (the support's only where it
+    is used). how: None leaves few-shot out."""
 
     test_set: EvaluationSet
     seed: int
     rows: list[int]
     novel_rows: list[int]
+    support_rows: list[int]
     how: FewShot | None
     template: str
     tasks: dict[str, Task]
@@ -98,7 +100,9 @@ def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace
     if shots is None:  # as many of the usual numbers as there are pictures for
         usual = CLASSROOM_SHOTS if test_set.classroom else SET_SHOTS
         shots = [k for k in usual if k < len(test_set.support)]
-    result = Plan(test_set, args.seed, rows, novel_rows, None, args.template, {}, {})
+    uses_support = bool(shots) or not test_set.classroom
+    support = predictor.add([item.open for item in test_set.support]) if uses_support else []
+    result = Plan(test_set, args.seed, rows, novel_rows, support, None, args.template, {}, {})
     if not shots:
         return result
     trials = args.trials if args.demos == "random" else 1  # the most similar are the same in every draw
@@ -108,7 +112,6 @@ def plan(test_set: EvaluationSet, predictor: Predictor, args: argparse.Namespace
             f"--shots {max(shots)} asks for more examples than there are pictures to draw them from: {test_set.source} "
             f"has {len(test_set.support)}"
         )
-    support = predictor.add([item.open for item in test_set.support])
     n = min(args.queries, len(test_set.items))
     few = [test_set, support, args.template]
     tasks = {"captions": captioning_task("captions", test_set.items[:n], rows[:n], *few)}
@@ -158,7 +161,7 @@ def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
         return value
 
     predictions = timed("captions and controls", lambda: controls.answer_all(
-        predictor, parts, test_set, todo.rows, todo.novel_rows, todo.seed))  # fmt: skip
+        predictor, parts, test_set, todo.rows, todo.novel_rows, todo.support_rows, todo.seed))  # fmt: skip
     result = timed("scores", lambda: controls.score_with_controls(test_set, predictions, todo.seed))
     result |= timed("few-shot", lambda: few_shot_results(todo, predictions, predictor, parts))
     result |= timed(

@@ -19,8 +19,11 @@ def print_result(result: dict, examples: int) -> None:
             f"attention peaks on the thing named: {result['attention_hit_rate']:.3f} "
             f"(chance {result['attention']['chance']:.3f}, n = {result['attention']['n']} names)"
         )
+    in_classroom = result["exact_match_novel"] is not None
+    if examples and not in_classroom:
+        print("CIDEr-D of each caption (0: nothing in common with what people wrote)")
     for example in result["examples"][:examples]:
-        mark = "right" if example["right"] else "WRONG"
+        mark = ("right" if example["right"] else "WRONG") if in_classroom else f"{example['score']:5.2f}"
         true = "" if example["right"] else f"  true: {example['true']!r}"
         print(f"  {mark}  {example['prompt']} {example['said']!r}{true}".replace("  '", " '"))
 

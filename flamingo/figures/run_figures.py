@@ -8,8 +8,10 @@ from typing import BinaryIO
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # files only: no window, no display needed (a notebook has its own)
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
 from PIL import Image
 
+CLOSE = 1.0  # CIDEr-D from which a caption counts as close to what people wrote (their own, to each other's: about 1)
 COLORS = {"train": "#8a8f98", "with": "#1b7f79", "without": "#d1495b"}
 
 
@@ -24,6 +26,7 @@ def training_figure(
     losses: Sequence[float],
     validations: Sequence[dict],
     gates: Sequence[dict],
+    kept: int | None = None,
 ) -> None:
     """The course of a run: losses with and without the picture, and how far each gate has opened.
 
@@ -31,6 +34,7 @@ def training_figure(
         steps, losses: training loss by optimizer step.
         validations: {"step", "val_loss", "val_loss_blind"} of each validation.
         gates: {"step", "attn": [one per layer], "ff": [one per layer]} of each validation, as tanh(gate).
+        kept: step of the weights that are kept, marked if it is given and not the last.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     left.plot(steps, losses, color=COLORS["train"], lw=0.8, alpha=0.7, label="training")
@@ -40,6 +44,8 @@ def training_figure(
         at, [entry["val_loss_blind"] for entry in validations], "s--", color=COLORS["without"],
         label="validation, picture taken away",
     )  # fmt: skip
+    if kept is not None and kept != at[-1]:
+        left.axvline(kept, color="black", lw=0.8, ls=":", label="best weights, kept")
     left.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Does it look at the picture?")
     left.set_ylim(bottom=0, top=min(left.get_ylim()[1], 1.1 * max([*losses[:1], 1.0])) if losses else None)
     left.legend(frameon=False)
@@ -64,22 +70,34 @@ def samples_figure(
     predictions: Sequence[str],
     truths: Sequence[str],
     prompts: Sequence[str],
+    similarities: Sequence[float | None],
 ) -> None:
-    """Pictures with the predicted and the true caption; green where both agree."""
+    """Pictures with the predicted and a true caption. Where one caption is right, green if it is the predicted one and
+    red if not; where people wrote several, the more green the higher its CIDEr-D (similarities; None: not so)."""
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.8 * rows), squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
-    for axes, picture, prediction, truth, prompt in zip(
-        grid.flat, pictures, predictions, truths, prompts, strict=False
+    for axes, picture, prediction, truth, prompt, similarity in zip(
+        grid.flat, pictures, predictions, truths, prompts, similarities, strict=False
     ):
         axes.imshow(picture, interpolation="nearest" if picture.width < 128 else None)
         right = prediction == truth
         lines = ([_wrap(prompt)] if prompt else []) + [_wrap(prediction or "(nothing)")]
         lines += [] if right else [_wrap(f"true: {truth}")]
-        axes.set_title("\n".join(lines), fontsize=8, color=COLORS["with"] if right else COLORS["without"])
+        color = COLORS["with"] if right else COLORS["without"]
+        if similarity is not None:
+            lines.append(f"CIDEr-D {similarity:.2f}")
+            color = _shade(min(1.0, similarity / CLOSE))
+        axes.set_title("\n".join(lines), fontsize=8, color=color)
     _save(figure, path)
+
+
+def _shade(share: float) -> tuple[float, ...]:
+    """From grey (0) to green (1)."""
+    grey, green = (to_rgb(COLORS[name]) for name in ("train", "with"))
+    return tuple(a + share * (b - a) for a, b in zip(grey, green, strict=True))
 
 
 def _wrap(text: str, width: int = 42) -> str:

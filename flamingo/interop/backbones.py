@@ -5,9 +5,12 @@ What this file teaches: where a Flamingo's frozen halves come from. A vision enc
     ViT-L-14-quickgelu:openai          open_clip name : pretrained tag
     hf-hub:…   local-dir:…             open_clip, towers of its own or of timm
     openai/clip-vit-base-patch32       a Hugging Face CLIP, id or folder
+    timm:NAME   timm:NAME:FILE         a network of timm, with its own weights or those of a file (timm_encoders.py)
+    efficientnet-lite2                 a package brings it (packaged.py)
     asset:classroom/clip               what this repository brings along
 
-and a language model by Hugging Face id, folder or `asset:…`. A missing weight file never becomes a random encoder.
+and a language model by Hugging Face id, folder, `asset:…`, or `smollm2-135m`, which a package brings. A missing weight
+file never becomes a random encoder.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ from flamingo.data.preprocess import Preprocess
 from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.errors import InputError
 from flamingo.files import fingerprint, one_line, resolve, sample
-from flamingo.interop import compat
+from flamingo.interop import compat, hub, packaged, timm_encoders
 from flamingo.limits import must_fit
 from flamingo.model.build import TOKENIZERS, build_from_parts
 from flamingo.model.cross_attention import GatedCrossAttentionBlock
@@ -60,7 +63,10 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
                 f"{model_name} has no weights {pretrained!r}: choose one of {', '.join(known) or '(none)'}"
             )
         _quick_gelu_must_match(model_name, pretrained)
-    with _loading(f"the vision encoder {name}", str(folder or "")):
+    on_hub = None if folder else name.removeprefix("hf-hub:") if pretrained is None else ""
+    if pretrained in open_clip.list_pretrained_tags_by_model(model_name):
+        on_hub = open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub", "").strip("/")
+    with _loading(f"the vision encoder {name}", str(folder or ""), on_hub):
         clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
         _all_finite(clip.visual)
     preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
@@ -71,7 +77,7 @@ def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionE
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     folder_or_id = os.path.expanduser(name)
-    with _loading(f"the vision encoder {name}", folder_or_id):
+    with _loading(f"the vision encoder {name}", folder_or_id, None if Path(folder_or_id).is_dir() else name):
         tower, found = CLIPVisionModel.from_pretrained(folder_or_id, dtype=torch.float32, output_loading_info=True)
         _all_there(found)
         _all_finite(tower)
@@ -81,12 +87,16 @@ def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionE
 
 
 @contextlib.contextmanager
-def _loading(what: str, folder_or_id: str) -> Iterator[None]:
+def _loading(what: str, folder_or_id: str, on_hub: str | None = None) -> Iterator[None]:
     """What a library raises for a name, a folder or a file that is not as it should be → InputError. There is no end to
-    the kinds: each file format has its own, and a config with a wrong number fails wherever that is first used."""
+    the kinds: each file format has its own, and a config with a wrong number fails wherever that is first used.
+
+    on_hub: the repository it comes from, "" if it comes from some; None if it is on this machine.
+    """
     place = Path(folder_or_id)
     if (place.is_absolute() or folder_or_id.startswith(".")) and not place.is_dir():
         raise InputError(f"cannot load {what}: there is no folder {place}")
+    no_hub = on_hub is not None and not hub.is_there_a_hub()
     try:
         with compat.quiet():
             yield
@@ -95,6 +105,8 @@ def _loading(what: str, folder_or_id: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if no_hub:
+            raise InputError(f"cannot load {what}: {hub.how_to_do_without(on_hub)}") from error
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         raise InputError(f"cannot load {what}: {kind}{one_line(error)}") from error
 
@@ -110,16 +122,26 @@ def _all_finite(module: torch.nn.Module) -> None:
         raise InputError(f"its weights are not finite, such as those of {bad[0]}")
 
 
-def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = False) -> VisionEncoder:
+def load_vision_encoder(
+    name: str, *, norm: bool = True, class_token: bool = False, image_size: int | None = None
+) -> VisionEncoder:
     """Load a frozen encoder by name (see the top of this file).
 
     norm: features after the tower's final norm; False reproduces what open_flamingo and flamingo-mini were trained
     on (the option `vision_feature_norm`).
     class_token: keep the class token, as the first of the v, as flamingo-mini does (the option `vision_class_token`).
+    image_size: side of the pictures in pixels, if not that of its training (the option `vision_image_size`).
 
-    Raises InputError when the name is unknown, the weights are missing, QuickGELU does not match, or a class token is
-    asked of a tower that has none.
+    Raises InputError when the name is unknown, the weights are missing, QuickGELU does not match, a class token is
+    asked of a tower that has none, or a size of one that cannot take it.
     """
+    if name.startswith("timm:") or name in packaged.VISION_ENCODERS:
+        with _loading(f"the vision encoder {name}", "", None if name.count(":") != 1 else ""):
+            encoder = timm_encoders.load(name, norm, class_token, image_size)
+            _all_finite(encoder)
+        return encoder
+    if image_size is not None:
+        raise InputError(f"the size of pictures can be set for encoders of timm only, not for {name}: leave it out")
     if name.startswith("asset:"):
         return _load_open_clip(f"local-dir:{resolve(name)}", norm, class_token)
     if name.startswith(("hf-hub:", "local-dir:")) or (":" in name and "/" not in name.partition(":")[0]):
@@ -134,7 +156,7 @@ def load_vision_encoder(name: str, *, norm: bool = True, class_token: bool = Fal
 
 # ---------------------------------------------------------------------------------------------- the language model
 def load_language_model(name: str, quantization=None, max_tokens: int = 0):
-    """A causal language model in float32 and its tokenizer, by Hugging Face id, folder, or `asset:…`.
+    """A causal language model in float32 and its tokenizer, by name (see the top of this file).
 
     quantization: one of transformers' quantization configs (4 or 8 bits a weight). max_tokens: of the longest text that
     it is to read. Raises InputError when either cannot be loaded, is not whole, or brings code of its own, which is
@@ -144,8 +166,9 @@ def load_language_model(name: str, quantization=None, max_tokens: int = 0):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for a file that loads in a second only hides what matters
-    folder_or_id = os.path.expanduser(resolve(name))
-    with _loading(f"the language model {name}", folder_or_id):
+    packed = name in packaged.LANGUAGE_MODELS
+    folder_or_id = str(packaged.language_model_folder(name)) if packed else os.path.expanduser(resolve(name))
+    with _loading(f"the language model {name}", folder_or_id, None if Path(folder_or_id).is_dir() else name):
         try:  # False: the default is to ask, in the middle of a run
             config = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder_or_id, trust_remote_code=False)
@@ -202,7 +225,9 @@ def build_flamingo(config: ModelConfig, quantization=None, max_tokens: int = 0) 
     compat.check_versions()
     vision, language = config.vision, config.language
     lm, tokenizer = load_language_model(language.name, quantization, max_tokens)
-    encoder = load_vision_encoder(vision.name, norm=vision.feature_norm, class_token=vision.class_token)
+    encoder = load_vision_encoder(
+        vision.name, norm=vision.feature_norm, class_token=vision.class_token, image_size=vision.image_size
+    )
     found = dataclasses.replace(
         config,
         vision=_as_found("dim_visual", vision, encoder.dim, encoder.fingerprint),

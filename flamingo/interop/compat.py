@@ -9,6 +9,7 @@ what is not found is an error that names the version. Nothing else in this repos
                     attention interface, embed_scale
     torch           oneDNN's own order of a matrix, an assertion that does not wait for a GPU
     open_clip       patch tokens of a tower (its own or timm's), its pictures' settings, QuickGELU
+    timm            patch tokens and grids of features, what a name's weights were trained on
 
 This file imports nothing of ours but the error.
 """
@@ -69,6 +70,11 @@ def _number(text: str) -> tuple[int, ...]:
     """`2.14.1+cpu` → (2, 14, 1)."""
     digits = text.partition("+")[0].split(".")[:3]
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in digits)
+
+
+def with_version(package: str) -> str:
+    """Such as "transformers 5.24.0"."""
+    return f"{package} {installed(package)}"
 
 
 def unlike(package: str, what: str) -> InputError:
@@ -344,8 +350,10 @@ def without_onednn() -> Iterator[None]:
 def open_clip_patches(tower: nn.Module, pixel_values: Tensor, *, norm: bool, class_token: bool) -> Tensor:
     """(N, C, H, W) → the patch tokens of the last layer (N, v, d), the class token first if asked for.
 
-    The way that serves timm's towers as well; `visual(x)[1]` would silently be their second picture.
+    `visual(x)[1]` would silently be the second picture of timm's towers.
     """
+    if hasattr(tower, "trunk"):
+        return timm_patches(tower.trunk, pixel_values, norm=norm, class_token=class_token)
     if not hasattr(tower, "forward_intermediates"):
         raise unlike("open_clip_torch", f"has a tower {type(tower).__name__} without forward_intermediates")
     result = tower.forward_intermediates(
@@ -353,9 +361,49 @@ def open_clip_patches(tower: nn.Module, pixel_values: Tensor, *, norm: bool, cla
         output_extra_tokens=class_token,
     )  # fmt: skip
     features = result["image_intermediates"][-1]
-    if class_token:  # the first of the extra tokens; timm towers may have others
+    if class_token:
         features = torch.cat([result["image_intermediates_prefix"][-1][:, :1], features], dim=1)
     return features
+
+
+def timm_patches(tower: nn.Module, pixel_values: Tensor, *, norm: bool, class_token: bool) -> Tensor:
+    """(N, C, H, W) → the last features (N, v, d): of a transformer its patch tokens, the class token first if asked
+    for; of a convolutional network the places of its grid, row by row. (Its last *stage*, which forward_intermediates
+    gives, is not always its last features: EfficientNet widens them once more.)"""
+    features = tower.forward_features(pixel_values)
+    if features.ndim == 4:
+        if features.shape[1] != tower.num_features:  # (N, H', W', d), as Swin has it
+            features = features.permute(0, 3, 1, 2)
+        return features.flatten(2).transpose(1, 2)
+    prefix = tower.num_prefix_tokens
+    if not norm:
+        found = tower.forward_intermediates(
+            pixel_values, indices=1, norm=False, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+        )[-1]
+        features = torch.cat([found[1], found[0]], dim=1) if isinstance(found, tuple) else found
+    patches = features[:, prefix:]
+    return torch.cat([features[:, :1], patches], dim=1) if class_token else patches
+
+
+def timm_config(name: str):
+    """What timm knows of the weights of a name (input_size, mean, std, has_weights, …). Raises InputError."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if not timm.is_model(name):
+        raise InputError(f"timm has no model named {name!r}: see timm.list_models()")
+    return get_pretrained_cfg(name)
+
+
+def without_quantization(lm: nn.Module) -> nn.Module:
+    """The same weights in a model that does not know they were quantized once: transformers would not save it as it
+    is, and would look for the GGUF when it is loaded."""
+    settings = {name: value for name, value in lm.config.to_dict().items() if name != "quantization_config"}
+    with torch.device("meta"):
+        fresh = type(lm)(type(lm.config).from_dict(settings))
+    fresh.load_state_dict(lm.state_dict(), assign=True)
+    fresh.tie_weights()
+    return fresh
 
 
 def open_clip_image_and_patches(tower: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from transformers import GenerationConfig
 
 from flamingo.config import ModelConfig
 from flamingo.errors import InputError
+from flamingo.model.language_model import extend_instance
 from flamingo.model.resampler import PerceiverResampler
+from flamingo.model.standardize import StandardizeMixin
 from flamingo.model.vlm import Flamingo, SpecialTokens, VisionLanguageModel
 
 TOKENIZERS = {"perceiver": PerceiverResampler}  # of `tokenizer_type`: (N, F, v, d) → (N, n, d)
@@ -25,6 +27,9 @@ def build_from_parts(
     tokenizer_class = _named("tokenizer_type", config.tokenizer_type, TOKENIZERS)
     model_class = _named("fusion_type", config.fusion_type, FUSIONS)
     tokenizer = tokenizer_class(dim=dim_visual, **vars(config.tokenizer))
+    if config.tokenizer.standardize:
+        extend_instance(tokenizer, StandardizeMixin)
+        tokenizer.init_standardize()
     model = model_class(vision_encoder, tokenizer, lang_encoder, tokens, config)
     lang_encoder.generation_config = generation_config(tokens)
     if not config.language.freeze:

@@ -6,6 +6,7 @@ asked for: flamingo-mini was trained with it, first of the v).
 
     (N, C, H, W) pixels  →  (N, v, d) features          v patches, d wide
 
+A convolutional network has no patches, but its last features are a grid, and each place of it serves as one.
 Which encoders there are, and how they are loaded by name, is in interop/backbones.py.
 """
 
@@ -70,6 +71,35 @@ class OpenClipEncoder(VisionEncoder):
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
         return compat.open_clip_patches(self.tower, pixel_values, norm=self.norm, class_token=self.class_token)
+
+
+class TimmEncoder(VisionEncoder):
+    """A network of timm: a transformer, whose patches are its tokens, or a convolutional one, whose patches are the
+    places of its grid.
+
+    image_size: (H, W). Raises InputError if it cannot take pictures of that size, or for a class token or features
+    before a final norm where there are none.
+    """
+
+    def __init__(
+        self, tower: nn.Module, name: str, preprocess: Callable, norm: bool, class_token: bool,
+        image_size: tuple[int, int],
+    ):  # fmt: skip
+        super().__init__(tower, name, preprocess, norm, class_token)
+        self.image_size = image_size
+        if class_token and not compat.has_class_token(tower):
+            raise InputError(f"the vision encoder {name} has no class token: set vision_class_token to false")
+        if not norm and not hasattr(tower, "num_prefix_tokens"):
+            raise InputError(f"the vision encoder {name} has no final norm: set vision_feature_norm to true")
+        try:
+            with torch.no_grad():
+                self.dim = self.patch_features(torch.zeros(1, 3, *image_size)).shape[-1]
+        except (AssertionError, RuntimeError, ValueError) as error:  # each family of networks says it in its own way
+            size = " x ".join(map(str, image_size))
+            raise InputError(f"the vision encoder {name} cannot take pictures of {size} pixels: {error}") from error
+
+    def patch_features(self, pixel_values: Tensor) -> Tensor:
+        return compat.timm_patches(self.tower, pixel_values, norm=self.norm, class_token=self.class_token)
 
 
 class HuggingFaceClipEncoder(VisionEncoder):

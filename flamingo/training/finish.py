@@ -41,8 +41,8 @@ def finish(
     if summary["steps_left_out"]:
         print(f"{summary['steps_left_out']} of {summary['steps']} steps were left out (see {folder}/{METRICS})")
     print(
-        f"trained for {summary['seconds']:.0f} s: validation loss {summary['final_val_loss']:.3f} with the picture, "
-        f"{summary['final_val_loss_blind']:.3f} without\n"
+        f"trained for {summary['seconds']:.0f} s, weights of step {summary['steps']}: validation loss "
+        f"{summary['final_val_loss']:.3f} with the picture, {summary['final_val_loss_blind']:.3f} without\n"
         + (f"{look.sentence}\n" if look else "")
         + f"look at {folder}/samples.png, then: python evaluate.py {folder}"
     )

@@ -132,9 +132,20 @@ class RunLog:
         write_atomically(
             self.folder / "training.png",
             lambda path: run_figures.training_figure(
-                path, list(self.losses), list(self.losses.values()), self.validations, self.validations
+                path,
+                list(self.losses),
+                list(self.losses.values()),
+                self.validations,
+                self.validations,
+                self.kept()["step"],
             ),
         )
+
+    def kept(self) -> dict:
+        """The validation of the weights that a run ends with: the best one with the option patience, else the last."""
+        if not self.options.patience:
+            return self.validations[-1]
+        return min(self.validations, key=lambda entry: entry["val_loss"])
 
     def samples(
         self, model: Flamingo, processor: FlamingoProcessor, items: Sequence[Item], autocast: Context, bar: tqdm
@@ -152,8 +163,9 @@ class RunLog:
         shown = rng.sample(range(len(items)), min(SHOWN, len(items)))
         for i in shown[:2]:
             bar.write(f"    predicted: {predictions[i]!r}   true: {items[i].truths[0]!r}")
-        rows = [(items[i].picture, predictions[i], items[i].truths[0], items[i].prompt) for i in shown]
-        columns = list(zip(*rows, strict=True))  # pictures, predictions, truths, prompts
+        similar = [None if name == "exact_match" else float(mark) for mark in marks]
+        rows = [(items[i].picture, predictions[i], items[i].truths[0], items[i].prompt, similar[i]) for i in shown]
+        columns = list(zip(*rows, strict=True))  # pictures, predictions, truths, prompts, similarities
         write_atomically(self.folder / "samples.png", lambda path: run_figures.samples_figure(path, *columns))
         return self.score
 
@@ -165,12 +177,12 @@ class RunLog:
             "preset": self.options.preset,
             "seconds": time.time() - self.launched,
             "seconds_to_first_step": self.first_step,
-            "steps": self.options.steps,
+            "steps": self.kept()["step"],
             "steps_left_out": self.left_out,
             "captions_seen": self.captions_seen,
             "captions_per_second": self.captions_seen / seconds,
-            "final_val_loss": self.validations[-1]["val_loss"],
-            "final_val_loss_blind": self.validations[-1]["val_loss_blind"],
+            "final_val_loss": self.kept()["val_loss"],
+            "final_val_loss_blind": self.kept()["val_loss_blind"],
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": str(device),
             "dtype": dtype,

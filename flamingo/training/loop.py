@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from flamingo.fast.precision import autocast
 from flamingo.limits import must_fit
 from flamingo.model.vlm import VisionLanguageModel
 from flamingo.training.resume import ResumePoints, way_out
+
+FITTED = 128  # pictures whose features say what a channel's mean and deviation are
 
 
 @torch.no_grad()
@@ -31,6 +34,30 @@ def validate(
             totals["val_loss_blind"] += model(**batch.inputs(), blind=True).loss.item() * count
     model.train()
     return {name: total / max(1, targets) for name, total in totals.items()}
+
+
+def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
+    """The batch with a share of each picture's patches, the same places for all; a function of (seed, step) alone.
+
+    (It is to features what a random crop is to pictures. The resampler does not mind how many patches there are.)
+    """
+    if options.patches == 1 or batch.features is None:
+        return batch
+    v = batch.features.shape[2]
+    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
+    places = torch.randperm(v, generator=generator)[: max(1, round(options.patches * v))]
+    return replace(batch, features=batch.features[:, :, places])  # (N, F, v, d)
+
+
+@torch.no_grad()
+def fit_features(model: VisionLanguageModel, examples: Dataset, collate: Collate, device: torch.device) -> None:
+    """Let a tokenizer that standardizes features begin with those of `FITTED` training pictures, evenly spread."""
+    if not hasattr(model.vision_tokenizer, "fit_features"):
+        return
+    for_fit = [examples[i] for i in range(0, len(examples), max(1, len(examples) // FITTED))]
+    batch = collate(for_fit).to(device)
+    features = model.encode_images(batch.pixel_values) if batch.features is None else batch.features
+    model.vision_tokenizer.fit_features(features)
 
 
 def describe(model: VisionLanguageModel) -> str:
