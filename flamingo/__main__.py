@@ -56,9 +56,9 @@ def check_prompt(model, prompt: str, new_tokens: int) -> None:
     """Raises InputError for a prompt with special tokens, or too long to leave room for a caption."""
     processor = model.processor
     plain_text("--prompt", prompt, processor.tokenizer)
-    length = processor.encode_text(f"<image> {prompt}".strip())["input_ids"].shape[1]
+    text = processor.encode_text(f"<image> {prompt}".strip())
     try:
-        model.flamingo.check_room(length + new_tokens)
+        model.flamingo.check_room(text, model.flamingo.tokens_per_image + new_tokens)
     except ValueError as error:
         raise InputError(f"--prompt and --max-new-tokens: {error}") from None
 

@@ -3,7 +3,10 @@
     ModelConfig
       vision      VisionConfig           model/vision.py, interop/backbones.py
       tokenizer   ResamplerConfig        model/resampler.py
+      qformer     QFormerConfig          model/qformer.py
+      linear      LinearConfig           model/linear.py
       fusion      CrossAttentionConfig   model/cross_attention.py, model/language_model.py
+      stream      StreamConfig           model/language_stream.py
       language    LanguageConfig         interop/backbones.py
     TrainingOptions                      train.py
 
@@ -69,6 +72,37 @@ class ResamplerConfig:
 
 
 @dataclass
+class QFormerConfig:
+    """The Q-Former of BLIP-2, with BLIP-2's numbers.
+
+    depth, width, heads, ff_mult: of its transformer. every: which layers look at the picture (the first of each group).
+    num_latents: n, its queries. dropout: while it trains. max_num_frames: frames with an embedding of their own
+    (video), 0 for none.
+    """
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    ff_mult: int = 4
+    every: int = 2
+    num_latents: int = 32
+    dropout: float = 0.1
+    max_num_frames: int = 0
+
+
+@dataclass
+class LinearConfig:
+    """The linear projection.
+
+    shuffle: so many by so many patches beside each other become one token; 1 leaves each patch a token.
+    num_patches: v; found from the encoder when None.
+    """
+
+    shuffle: int = 1
+    num_patches: int | None = None
+
+
+@dataclass
 class BlockConfig:
     """A gated cross-attention block.
 
@@ -99,6 +133,16 @@ class CrossAttentionConfig(BlockConfig):
     def block_settings(self) -> dict:
         """The fields of `BlockConfig`."""
         return {block.name: getattr(self, block.name) for block in dataclasses.fields(BlockConfig)}
+
+
+@dataclass
+class StreamConfig:
+    """Fusion by language stream.
+
+    in_place: latents take the place of their <image> (open_flamingo), or stand right behind it.
+    """
+
+    in_place: bool = False
 
 
 def layers_with_cross_attention(count: int, every: int, placement: str = "near") -> list[int]:
@@ -132,14 +176,31 @@ class LanguageConfig:
 
 @dataclass
 class ModelConfig:
-    """The architecture. tokenizer_type and fusion_type: names in the tables of model/build.py."""
+    """The architecture. tokenizer_type and fusion_type: names in the tables of model/build.py; they decide which of the
+    parts `tokenizer`, `qformer`, `linear`, `fusion` and `stream` are built (`PART_OF`)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     tokenizer: ResamplerConfig = field(default_factory=ResamplerConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
     fusion: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     tokenizer_type: str = "perceiver"
     fusion_type: str = "cross-attention"
+
+    def is_built(self, part: str) -> bool:
+        """Is there such a part in a model of this architecture?"""
+        setting, name = PART_OF.get(part, (None, None))
+        return setting is None or getattr(self, setting) == name
+
+
+# A part that not every architecture has → the setting that decides, and its value.
+PART_OF = {
+    "tokenizer": ("tokenizer_type", "perceiver"), "qformer": ("tokenizer_type", "qformer"),
+    "linear": ("tokenizer_type", "linear"), "fusion": ("fusion_type", "cross-attention"),
+    "stream": ("fusion_type", "language-stream"),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- flat names, one by one
@@ -154,7 +215,8 @@ _FLAT_BY_NAME = {
     "only_attend_immediate_media": "fusion.only_immediate_media",
     "tokenizer_type": "tokenizer_type", "fusion_type": "fusion_type",
 }  # fmt: skip
-_PREFIX = {"resampler_": "tokenizer", "xattn_": "fusion"}
+_PREFIX = {"resampler_": "tokenizer", "qformer_": "qformer", "linear_": "linear", "xattn_": "fusion",
+           "stream_": "stream"}  # fmt: skip
 
 
 def paths(config: ModelConfig) -> dict[str, object]:
@@ -184,9 +246,9 @@ FLAT = _flat_names()
 
 
 def to_flat(config: ModelConfig) -> dict[str, object]:
-    """As config.json has it."""
+    """As config.json has it: the settings of the parts that are built."""
     values = paths(config)
-    return {name: values[path] for name, path in FLAT.items()}
+    return {name: values[path] for name, path in FLAT.items() if config.is_built(path.partition(".")[0])}
 
 
 def from_flat(settings: dict[str, object]) -> ModelConfig:
@@ -205,10 +267,8 @@ def from_flat(settings: dict[str, object]) -> ModelConfig:
 def with_settings(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
     """A copy with some fields, by dotted name, set to other values. Raises InputError for an unknown name or a value
     that the field cannot have."""
-    copy = dataclasses.replace(
-        config, vision=dataclasses.replace(config.vision), tokenizer=dataclasses.replace(config.tokenizer),
-        fusion=dataclasses.replace(config.fusion), language=dataclasses.replace(config.language),
-    )  # fmt: skip
+    parts = {part: value for part, value in vars(config).items() if dataclasses.is_dataclass(value)}
+    copy = dataclasses.replace(config, **{part: dataclasses.replace(value) for part, value in parts.items()})
     known = paths(copy)
     for path, value in settings.items():
         if path not in known:
@@ -270,7 +330,11 @@ def option(default, text: str):
 class TrainingOptions:
     """The options of train.py. A preset sets some of the defaults."""
 
-    preset: str = option("classroom", "which recipe to train: classroom, photos, opt-125m or gpt2")
+    preset: str = option(
+        "classroom",
+        "which recipe to train: classroom, photos, opt-125m or gpt2; classroom and opt-125m also with -kosmos, -blip "
+        "or -llava; palm-text, a language model on text alone",
+    )
     data: str | None = option(
         None, "what to train on: a hub name, a folder of captioned pictures, or a .jsonl, .csv or .parquet file"
     )
@@ -287,6 +351,7 @@ class TrainingOptions:
     accumulate: int = option(1, "batches whose gradients are added up before each optimizer step")
     lr: float = option(1e-3, "peak learning rate of all that trains but the gates")
     gate_lr: float = option(0.05, "peak learning rate of the tanh gates")
+    lm_lr: float = option(1e-4, "peak learning rate of the language model's own weights, where they train")
     gate_opening: float = option(
         0.0,
         "open the attention gates to this value over the warmup, whatever their gradient (0: they learn from 0)",

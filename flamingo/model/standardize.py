@@ -16,9 +16,10 @@ LEAST = 0.05  # added to the deviation: a channel that never moves is not blown 
 class StandardizeMixin:
     """A vision tokenizer that standardizes its features first. Call `init_standardize` once it has it."""
 
-    def init_standardize(self) -> None:
-        self.feature_shift = nn.Parameter(torch.zeros(self.dim))
-        self.feature_scale = nn.Parameter(torch.ones(self.dim))
+    def init_standardize(self, dim: int) -> None:
+        """dim: d of the features."""
+        self.feature_shift = nn.Parameter(torch.zeros(dim))
+        self.feature_scale = nn.Parameter(torch.ones(dim))
 
     @torch.no_grad()
     def fit_features(self, features: Tensor) -> None:
