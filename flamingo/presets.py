@@ -31,9 +31,11 @@ PRESETS = {
             "tokenizer.ff_mult": 2, "tokenizer.init_gain": 10.0, "tokenizer.query_gain": 3.0,
             "tokenizer.latents_std": 0.5,
             "fusion.heads": 6, "fusion.dim_head": 32, "fusion.ff_mult": 2, "fusion.init_gain": 5.0,
+            "fusion.every": 3,  # of four layers the first and the last: assets/classroom/EXPERIMENTS.md
         },
         "training": {
-            "steps": 720, "batch_size": 32, "lr": 2e-3, "gate_opening": 0.3, "eval_every": 120, "eval_batches": 4,
+            "steps": 720, "batch_size": 32, "lr": 2e-3, "gate_opening": 0.3, "max_tokens": 192, "eval_every": 120,
+            "eval_batches": 4,
         },
     },
     "photos": {

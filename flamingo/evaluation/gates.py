@@ -10,21 +10,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from flamingo.evaluation.metrics import exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.single_objects import Episode, binding_marks
 from flamingo.evaluation.test_set import Item
-from flamingo.model.vlm import Flamingo
+from flamingo.model.language_model import FlamingoLayer
 
 CAPTIONED = 200  # pictures captioned with each gate closed
 
 
 @contextmanager
-def closed_gate(model: Flamingo, layer: int) -> Iterator[None]:
-    """Inside, the attention gate of decoder layer `layer` is 0: this layer looks at nothing."""
-    gate = model.lang_encoder._get_decoder_layers()[layer].gated_cross_attn_layer.attn_gate
+def closed_gate(gate: nn.Parameter) -> Iterator[None]:
+    """Inside, this attention gate is 0: its layer looks at nothing."""
     opened = gate.detach().clone()
     with torch.no_grad():
         gate.zero_()
@@ -39,8 +39,9 @@ def without_each_gate(
     predictor: Predictor, parts: Parts, items: Sequence[Item], rows: Sequence[int], captions: Sequence[str],
     episodes: Sequence[Episode], title: str, seed: int,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """For each layer {gate, exact_match, exact_match_closed, binding, binding_closed}: tanh of its attention gate, the
-    exact match of the first items and the accuracy of fast binding as the model is, and with this gate closed.
+    """For each layer that looks {layer, gate, exact_match, exact_match_closed, binding, binding_closed}: its number,
+    tanh of its attention gate, the exact match of the first items and the accuracy of fast binding as the model is, and
+    with this gate closed.
 
     captions: of the items, as the model is. title: under which `parts` keeps its predictions for the episodes.
     """
@@ -53,13 +54,17 @@ def without_each_gate(
 
     exact, binding = score(captions[:CAPTIONED], title)
     result = []
-    for layer, (gate, _) in enumerate(predictor.model.gates()):
-        closing = f"gate {layer} closed"
-        with closed_gate(predictor.model, layer):
+    for name, layer in predictor.model.lang_encoder.named_modules():
+        if not isinstance(layer, FlamingoLayer):
+            continue
+        number = int(name.rpartition(".")[2])  # "model.decoder.layers.3"
+        gate, closing = layer.gated_cross_attn_layer.attn_gate, f"gate {number} closed"
+        opened = gate.tanh().item()
+        with closed_gate(gate):
             said = parts.keep(closing, lambda: predictor.caption(rows, items, closing))  # noqa: B023 (called at once)
             exact_closed, binding_closed = score(said, f"{title}, {closing}")
         result.append({
-            "gate": gate, "exact_match": exact, "exact_match_closed": exact_closed,
+            "layer": number, "gate": opened, "exact_match": exact, "exact_match_closed": exact_closed,
             "binding": binding, "binding_closed": binding_closed,
         })  # fmt: skip
     return result
@@ -68,9 +73,11 @@ def without_each_gate(
 def gates_sentence(layers: list[dict]) -> str:
     """What each layer's look is worth."""
     shown = "; ".join(
-        f"{held['gate']:+.2f}: {held['exact_match_closed']:.3f}, {held['binding_closed']:.3f}" for held in layers
+        f"before layer {held['layer']} ({held['gate']:+.2f}) {held['exact_match_closed']:.3f}, "
+        f"{held['binding_closed']:.3f}"
+        for held in layers
     )
     return (
-        f"exact match and five-way binding with one attention gate closed, first layer first: {shown} "
+        f"exact match and five-way binding with one attention gate closed: {shown} "
         f"(all open: {layers[0]['exact_match']:.3f}, {layers[0]['binding']:.3f})"
     )

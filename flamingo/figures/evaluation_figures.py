@@ -161,13 +161,13 @@ def gates_figure(result: dict) -> bytes | None:
         return None
     layers = result["closed_gates"]
     figure, axes = _axes("One gate closed", "right answers", width=4.6)
-    labels = ["none", *(f"{k}\n{held['gate']:+.2f}" for k, held in enumerate(layers))]
+    labels = ["none", *(f"{held['layer']}\n{held['gate']:+.2f}" for held in layers)]
     captions, binding = ([layers[0][name], *(held[f"{name}_closed"] for held in layers)]
                          for name in ("exact_match", "binding"))  # fmt: skip
     _bars_beside(axes, labels, {
         "captions (exact match)": (captions, COLORS["with"]), "fast binding, of five names": (binding, NOVEL),
     })  # fmt: skip
-    axes.set_xlabel("which look is closed, and its gate")
+    axes.set_xlabel("before which layer the look is closed, and its gate")
     return png(figure)
 
 
