@@ -26,7 +26,7 @@ def processor() -> FlamingoProcessor:
 def a_set(folder: Path, rows: list[dict], pictures: int = 6) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(pictures):
-        Image.new("RGB", (12, 9), (40 * i, 90, 120)).save(folder / f"{i}.png")
+        Image.new("RGB", (12, 9), (25 * i, 90, 120)).save(folder / f"{i}.png")
     (folder / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "set.jsonl"
 
@@ -57,8 +57,8 @@ def test_a_step_takes_a_few_captions_of_a_picture_and_an_epoch_takes_all(tmp_pat
 def test_what_is_cut_and_what_has_no_target_is_said_and_nothing_to_learn_is_an_error(tmp_path, processor, capsys):
     source = a_set(tmp_path, [
         *captioned(5), {"image": "5.png", "captions": ["long " * 300]},
-        *({"image": f"{i}.png", "captions": ["before " * 40 + "<image> after"]} for i in range(3)),
-    ])  # fmt: skip
+        *({"image": f"{i}.png", "captions": ["before " * 40 + "<image> after"]} for i in range(6, 9)),
+    ], pictures=9)  # fmt: skip
     sets = training_sets(TrainingOptions(data=str(source), seed=1))
     capsys.readouterr()
     check_targets(*sets, Collate(processor, 30))
@@ -121,8 +121,8 @@ def test_which_files_are_used_as_which_split_is_said(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 def test_documents_whose_first_picture_has_no_caption_are_not_scored(tmp_path, capsys):
-    bare = [{"images": ["0.png", "1.png"], "text": "<image><image>both show dogs"}] * 5
-    good = [{"images": ["2.png", "3.png"], "text": "<image>one<|endofchunk|><image>two"}] * 7
+    bare = [{"images": ["0.png", f"{i}.png"], "text": "<image><image>both show dogs"} for i in range(5)]
+    good = [{"images": ["5.png", f"{i}.png"], "text": "<image>one<|endofchunk|><image>two"} for i in range(6)]
     source = a_set(tmp_path / "both", [*bare, *good])
     test_set = captioned_test_set(TrainingOptions(data=str(source)), "train", 100, 0)
     assert test_set.items and test_set.support
