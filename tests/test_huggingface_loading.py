@@ -142,6 +142,7 @@ def test_options_of_from_pretrained_are_honoured():
     assert load(generation_config=GenerationConfig(max_new_tokens=3)).generation_config.max_new_tokens == 3
     assert load(device_map={"": "cpu"}, trust_remote_code=False, low_cpu_mem_usage=True).device.type == "cpu"
     assert FlamingoModel.from_pretrained(FOLDER.parent, subfolder=FOLDER.name).name_or_path == str(FOLDER.parent)
+    assert FlamingoProcessor.from_pretrained(FOLDER.parent, subfolder=FOLDER.name).media_token_id
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class FlamingoProcessor(ProcessorMixin):
 
         from flamingo.files import find_folder
 
-        folder = find_folder(folder_or_hub_name, hub_options)
+        folder = find_folder(folder_or_hub_name, hub_options) / hub_options.get("subfolder", "")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:

@@ -3,8 +3,9 @@
     python -m pytest tests/others/transformers_common.py
 
 They are not ours to copy: pip fetches the source distribution of the installed version, and what it holds of the common
-tests (those of models and of configs; not those of `generate`, which it leaves out) is unpacked into a temporary folder
-and imported from there. Without an index to fetch it from, all of this is skipped.
+tests (those of models and of configs) is unpacked into a temporary folder and imported from there. Without an index to
+fetch it from, all of this is skipped. It leaves out the tests of `generate`: tests/test_huggingface_generation.py has
+ours. Its tests of processors and pipelines are made of transformers' own tables and of models on a hub.
 """
 
 import copy
