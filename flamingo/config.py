@@ -3,6 +3,8 @@
     ModelConfig
       vision      VisionConfig           model/vision.py, interop/backbones.py
       tokenizer   ResamplerConfig        model/resampler.py
+      qformer     QFormerConfig          model/qformer.py
+      linear      LinearConfig           model/linear.py
       fusion      CrossAttentionConfig   model/cross_attention.py, model/language_model.py
       language    LanguageConfig         interop/backbones.py
     TrainingOptions                      train.py
@@ -62,6 +64,37 @@ class ResamplerConfig:
     init_gain: float = 1.0
     query_gain: float = 1.0
     latents_std: float = 1.0
+
+
+@dataclass
+class QFormerConfig:
+    """The Q-Former of BLIP-2, with BLIP-2's numbers.
+
+    depth, width, heads, ff_mult: of its transformer. every: which layers look at the picture (the first of each group).
+    num_latents: n, its queries. dropout: while it trains. max_num_frames: frames with an embedding of their own
+    (video), 0 for none.
+    """
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    ff_mult: int = 4
+    every: int = 2
+    num_latents: int = 32
+    dropout: float = 0.1
+    max_num_frames: int = 0
+
+
+@dataclass
+class LinearConfig:
+    """The linear projection.
+
+    shuffle: so many by so many patches beside each other become one token; 1 leaves each patch a token.
+    num_patches: v; found from the encoder when None.
+    """
+
+    shuffle: int = 1
+    num_patches: int | None = None
 
 
 @dataclass
@@ -128,14 +161,29 @@ class LanguageConfig:
 
 @dataclass
 class ModelConfig:
-    """The architecture. tokenizer_type and fusion_type: names in the tables of model/build.py."""
+    """The architecture. tokenizer_type and fusion_type: names in the tables of model/build.py; they decide which of the
+    parts `tokenizer`, `qformer`, `linear` and `fusion` are built (`PART_OF`)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     tokenizer: ResamplerConfig = field(default_factory=ResamplerConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
     fusion: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     tokenizer_type: str = "perceiver"
     fusion_type: str = "cross-attention"
+
+    def is_built(self, part: str) -> bool:
+        """Is there such a part in a model of this architecture?"""
+        setting, name = PART_OF.get(part, (None, None))
+        return setting is None or getattr(self, setting) == name
+
+
+# A part that not every architecture has → the setting that decides, and its value.
+PART_OF = {
+    "tokenizer": ("tokenizer_type", "perceiver"), "qformer": ("tokenizer_type", "qformer"),
+    "linear": ("tokenizer_type", "linear"), "fusion": ("fusion_type", "cross-attention"),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- flat names, one by one
@@ -149,7 +197,7 @@ _FLAT_BY_NAME = {
     "only_attend_immediate_media": "fusion.only_immediate_media",
     "tokenizer_type": "tokenizer_type", "fusion_type": "fusion_type",
 }  # fmt: skip
-_PREFIX = {"resampler_": "tokenizer", "xattn_": "fusion"}
+_PREFIX = {"resampler_": "tokenizer", "qformer_": "qformer", "linear_": "linear", "xattn_": "fusion"}
 
 
 def paths(config: ModelConfig) -> dict[str, object]:
@@ -179,9 +227,9 @@ FLAT = _flat_names()
 
 
 def to_flat(config: ModelConfig) -> dict[str, object]:
-    """As config.json has it."""
+    """As config.json has it: the settings of the parts that are built."""
     values = paths(config)
-    return {name: values[path] for name, path in FLAT.items()}
+    return {name: values[path] for name, path in FLAT.items() if config.is_built(path.partition(".")[0])}
 
 
 def from_flat(settings: dict[str, object]) -> ModelConfig:
@@ -200,10 +248,8 @@ def from_flat(settings: dict[str, object]) -> ModelConfig:
 def with_settings(config: ModelConfig, settings: dict[str, object]) -> ModelConfig:
     """A copy with some fields, by dotted name, set to other values. Raises InputError for an unknown name or a value
     that the field cannot have."""
-    copy = dataclasses.replace(
-        config, vision=dataclasses.replace(config.vision), tokenizer=dataclasses.replace(config.tokenizer),
-        fusion=dataclasses.replace(config.fusion), language=dataclasses.replace(config.language),
-    )  # fmt: skip
+    parts = {part: value for part, value in vars(config).items() if dataclasses.is_dataclass(value)}
+    copy = dataclasses.replace(config, **{part: dataclasses.replace(value) for part, value in parts.items()})
     known = paths(copy)
     for path, value in settings.items():
         if path not in known:
@@ -265,7 +311,10 @@ def option(default, text: str):
 class TrainingOptions:
     """The options of train.py. A preset sets some of the defaults."""
 
-    preset: str = option("classroom", "which recipe to train: classroom, opt-125m or gpt2")
+    preset: str = option(
+        "classroom",
+        "which recipe to train: classroom, opt-125m or gpt2; classroom and opt-125m also with -kosmos, -blip or -llava",
+    )
     data: str | None = option(
         None, "what to train on: a hub name, a folder of captioned pictures, or a .jsonl, .csv or .parquet file"
     )
@@ -282,6 +331,7 @@ class TrainingOptions:
     accumulate: int = option(1, "batches whose gradients are added up before each optimizer step")
     lr: float = option(1e-3, "peak learning rate of all that trains but the gates")
     gate_lr: float = option(0.05, "peak learning rate of the tanh gates")
+    lm_lr: float = option(1e-4, "peak learning rate of the language model's own weights, where they train")
     gate_opening: float = option(
         0.0,
         "open the attention gates to this value over the warmup, whatever their gradient (0: they learn from 0)",

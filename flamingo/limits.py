@@ -23,10 +23,12 @@ RANGES = {
     # ModelConfig
     "dim": (1, 2**20), "depth": (1, 512), "dim_head": (1, 4096), "heads": (1, 1024), "num_latents": (1, 2**16),
     "max_num_frames": (0, 2**16), "max_num_media": (0, 2**16), "ff_mult": (1, 64), "every": (1, 1024),
-    "init_gain": (0.0, 1e6), "query_gain": (0.0, 1e6), "latents_std": (0.0, 1e6),
+    "init_gain": (0.0, 1e6), "dropout": (0.0, 0.999), "width": (1, 2**20),
+    "shuffle": (1, 64), "num_patches": (1, 2**20), "query_gain": (0.0, 1e6), "latents_std": (0.0, 1e6),
     # TrainingOptions
     "seed": (0, SEEDS), "steps": (1, 10**9), "batch_size": (1, 10**7), "accumulate": (1, 10**6), "lr": (POSITIVE, 1e6),
-    "gate_lr": (POSITIVE, 1e6), "weight_decay": (0.0, 1e6), "warmup_steps": (0, 10**9), "clip_norm": (POSITIVE, 1e30),
+    "gate_lr": (POSITIVE, 1e6), "lm_lr": (POSITIVE, 1e6), "weight_decay": (0.0, 1e6), "warmup_steps": (0, 10**9),
+    "clip_norm": (POSITIVE, 1e30),
     "max_tokens": (1, 10**6), "eval_every": (1, 10**9), "save_every": (1, 10**9), "eval_batches": (1, 10**9),
     "workers": (0, 512), "captions_per_picture": (1, 10**6), "gate_opening": (0.0, 0.999),
     # a step and a validation in metrics.jsonl: losses may be anything finite

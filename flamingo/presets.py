@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 
-from flamingo.config import ModelConfig, TrainingOptions, parse_setting, with_settings
+from flamingo.config import PART_OF, ModelConfig, TrainingOptions, parse_setting, with_settings
 from flamingo.errors import InputError
 from flamingo.limits import checked, in_range, quoted
 
@@ -12,6 +12,15 @@ _LARGE_TRAINING = {
     "data": "jxie/flickr8k", "steps": 3000, "batch_size": 32, "lr": 3e-4, "gate_lr": 0.01, "warmup_steps": 200,
     "eval_every": 250, "workers": 4, "max_tokens": 64,
 }  # fmt: skip
+
+# The architectures of open_flamingo's modeling package, and what trains in each beside the added tokens: tokenizer and
+# cross-attention (flamingo, the default), everything but the vision encoder (kosmos), the tokenizer (blip). And LLaVA's
+# first stage, in which only the projection trains.
+ARCHITECTURES = {
+    "kosmos": {"fusion_type": "language-stream", "language.freeze": False},
+    "blip": {"fusion_type": "language-stream", "tokenizer_type": "qformer"},
+    "llava": {"fusion_type": "language-stream", "tokenizer_type": "linear", "linear.shuffle": 2},
+}
 
 # What a preset changes: in ModelConfig ("model", by dotted name) and in TrainingOptions ("training").
 PRESETS = {
@@ -43,13 +52,42 @@ PRESETS = {
 }  # fmt: skip
 
 
+def _with_architecture(preset: str, architecture: str, model: dict | None = None, training: dict | None = None) -> None:
+    """The preset's backbones and data under another architecture, as a preset of its own."""
+    base, built = PRESETS[preset], ModelConfig(**{k: v for k, v in ARCHITECTURES[architecture].items() if "." not in k})
+    kept = {path: value for path, value in base["model"].items() if built.is_built(path.partition(".")[0])}
+    PRESETS[f"{preset}-{architecture}"] = {
+        "model": kept | ARCHITECTURES[architecture] | (model or {}), "training": base["training"] | (training or {}),
+    }  # fmt: skip
+
+
+_with_architecture("classroom", "kosmos", training={"gate_opening": 0.0, "lm_lr": 5e-4})
+_with_architecture("classroom", "blip", {
+    "qformer.depth": 4, "qformer.width": 192, "qformer.heads": 6, "qformer.ff_mult": 2, "qformer.num_latents": 16,
+    "qformer.dropout": 0.0,
+}, {"gate_opening": 0.0})  # fmt: skip
+_with_architecture("classroom", "llava", training={"gate_opening": 0.0})
+for _architecture in ARCHITECTURES:
+    _with_architecture("opt-125m", _architecture, training={"lm_lr": 2e-5})
+
+
 def model_config(options: TrainingOptions) -> ModelConfig:
     """The preset's model, then the backbones that were named, then every --set."""
     settings = dict(PRESETS[options.preset]["model"])
     for option, path in (("lm", "language.name"), ("clip_model_type", "vision.name")):
         if getattr(options, option):
             settings[path] = getattr(options, option)
-    return with_settings(ModelConfig(), settings | dict(map(parse_setting, options.overrides or ())))
+    named = dict(map(parse_setting, options.overrides or ()))
+    config = with_settings(ModelConfig(), settings | named)
+    for path in named:
+        part = path.partition(".")[0]
+        if not config.is_built(part):
+            setting, value = PART_OF[part]
+            raise InputError(
+                f"--set {path}: this model has no such part, for its {setting} is {getattr(config, setting)!r}, not "
+                f"{value!r}"
+            )
+    return config
 
 
 def training_options(values: dict, flag: Callable[[str], str] = str) -> TrainingOptions:

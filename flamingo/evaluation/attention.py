@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from flamingo.classroom import scenes
 from flamingo.data.processor import Chunk, FlamingoProcessor
 from flamingo.model.cross_attention import MaskedCrossAttention, MediaMask
-from flamingo.model.resampler import PerceiverAttention
-from flamingo.model.vlm import Flamingo
+from flamingo.model.resampler import PerceiverAttention, PerceiverResampler
+from flamingo.model.vlm import Flamingo, VisionLanguageModel
 
 
 # ------------------------------------------------------------------------------------------ recomputed attention
@@ -65,7 +65,12 @@ def _recorded(modules: Sequence[nn.Module], weights: Callable[..., Tensor]) -> I
 
 def recorded_cross_attention(model: Flamingo, weights: Callable[..., Tensor] = cross_attention_weights):
     """Inside, a list that each cross-attention adds its weights (B, h, T_txt, T_img·n) to, computed a second time."""
-    return _recorded([layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()], weights)
+    return _recorded([block.attn for block in model.cross_attention_blocks()], weights)
+
+
+def can_be_recorded(model: VisionLanguageModel) -> bool:
+    """Is it resampler and cross-attention that lie between patch and word?"""
+    return isinstance(model.vision_tokenizer, PerceiverResampler) and bool(model.cross_attention_blocks())
 
 
 @dataclass

@@ -76,8 +76,9 @@ class Predictor:
         )  # fmt: skip
 
     def length(self, chunk: Chunk) -> int:
-        """Tokens of a finished chunk."""
-        return len(self.processor.encode_chunks([chunk])[0]) - len(self.processor.begin_ids)
+        """Places that a finished chunk takes: its tokens, and those of its picture if it stands among them."""
+        picture = 0 if chunk.picture is None else self.model.tokens_per_image
+        return picture + len(self.processor.encode_chunks([chunk])[0]) - len(self.processor.begin_ids)
 
     def check_room(self, shots: int, examples: Sequence[Chunk], queries: Sequence[Chunk]) -> None:
         """Raises InputError, naming the number that fits, if the longest examples could leave no room to generate."""

@@ -26,8 +26,10 @@ one_word                classroom: chance; shots: the same, with text_only_demos
 fast_binding            classroom: accuracy, low, high, n, chance, and its controls blind, text_only_demos; novel: the
                         same for novel objects; five_way: both, of five examples
 closed_gates            classroom: for each layer that looks its gate; exact_match of the first items and binding (five
-                        ways), and both with this gate at 0: exact_match_closed, binding_closed
-attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no such name)
+                        ways), and both with this gate at 0: exact_match_closed, binding_closed (not in a language
+                        stream, which has no gates)
+attention_hit_rate      classroom: how often the attention of a name peaks on the thing named (null: no such name, or no
+                        resampler and cross-attention whose attention could be recorded)
 attention               chance, n, pictures; examples: {item, word, grid} as shown in the report
 examples                every item: prompt, said, true (one right caption), right, score (CIDEr-D of this picture)
 data, split, arguments  what was scored;  seconds, seconds_by_part (a part that was kept from before takes none)
@@ -164,7 +166,7 @@ def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
     result |= timed(
         "attention", lambda: parts.keep("attention", lambda: attention_results(todo, predictions, predictor))
     )
-    if todo.episodes:
+    if todo.episodes and predictor.model.cross_attention_blocks():
         title = f"fast binding {BINDING_WAYS[-1]}"
         result["closed_gates"] = timed("gates", lambda: without_each_gate(
             predictor, parts, test_set.items, todo.rows, predictions["own"], todo.episodes[title], title, todo.seed,
@@ -238,6 +240,9 @@ def binding_results(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
 def attention_results(todo: Plan, predictions: dict[str, list[str]], predictor: Predictor) -> dict:
     """`attention_hit_rate` and `attention`. These pictures are encoded once more, for the resampler's attention."""
     test_set = todo.test_set
+    if not attention.can_be_recorded(predictor.model):
+        nothing = {"chance": None, "n": 0, "pictures": 0, "examples": []}
+        return {"attention_hit_rate": None, "attention": nothing}
     items, captions = (
         test_set.items[: LOOKED_AT[test_set.classroom]],
         predictions["own"][: LOOKED_AT[test_set.classroom]],

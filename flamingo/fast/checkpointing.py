@@ -1,13 +1,15 @@
 """Gradient checkpointing: forget what a layer computed, and compute it again going backward.
 
-Replaces: `FlamingoLayer.forward`, which keeps what its backward pass needs. Less memory, a third more time.
+Replaces: the forward of each `FlamingoLayer`, or of each decoder layer of a language stream, which keep what their
+backward pass needs. Less memory, a third more time.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flamingo.model.language_model import extend_instance
+from flamingo.interop import compat
+from flamingo.model.language_model import FlamingoLMMixin, extend_instance
 from flamingo.model.vlm import VisionLanguageModel
 
 
@@ -22,11 +24,25 @@ class CheckpointedMixin:
         return checkpoint(self.cross_attend_then_decode, hidden_states, *seen, *args, use_reentrant=False, **kwargs)
 
 
+class CheckpointedDecoderMixin:
+    """For a decoder layer of a language stream, frozen or not. (transformers' own checkpointing rests in eval mode, in
+    which a frozen language model always is.)"""
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return super().forward(hidden_states, *args, **kwargs)
+        return checkpoint(super().forward, hidden_states, *args, use_reentrant=False, **kwargs)
+
+
 def checkpoint_layers(model: VisionLanguageModel, on: bool = True) -> None:
     """Every decoder layer with its cross-attention. In place.
 
     on: from now on, or as soon as `gradient_checkpointing` of the layers is set, which is transformers' way.
     """
+    if not isinstance(model.lang_encoder, FlamingoLMMixin):
+        for layer in compat.find_decoder_layers(model.lang_encoder)[1] if on else ():
+            extend_instance(layer, CheckpointedDecoderMixin)
+        return
     for layer in model.lang_encoder._get_decoder_layers():
         if not isinstance(layer, CheckpointedMixin):
             extend_instance(layer, CheckpointedMixin)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from flamingo.fast.packing import TextLayout
+from flamingo.model.language_model import FlamingoLMMixin
 from flamingo.model.vlm import Text
 
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32
@@ -38,8 +39,9 @@ class ChunkedLossMixin:
     def labelled_hidden_states(self, text: Text, layout: TextLayout) -> Tensor:
         """(K, D) what the head reads where a token with a label comes next."""
         lm = self.lang_encoder
-        lm.condition_on_text(text.inputs_embeds if text.input_ids is None else text.input_ids)
-        hidden = lm.base_model(**text.inputs(), use_cache=False).last_hidden_state  # (B, T_txt, D)
+        if isinstance(lm, FlamingoLMMixin):  # base_model below goes around the mixin, which does this
+            lm.condition_on_text(text.inputs_embeds if text.input_ids is None else text.input_ids)
+        hidden = text.at_tokens(lm.base_model(**text.inputs(), use_cache=False).last_hidden_state)  # (B, T_txt, D)
         return hidden.flatten(0, 1).index_select(0, layout.labelled)
 
 

@@ -17,5 +17,5 @@ def compile_trained_parts(model: VisionLanguageModel, backend: str = "inductor")
     if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise InputError("--compile needs a C++ compiler, and none was found: install one, or leave --compile out")
     model.vision_tokenizer.compile(dynamic=True, backend=backend)
-    for layer in model.lang_encoder._get_decoder_layers():
-        layer.gated_cross_attn_layer.compile(dynamic=True, backend=backend)
+    for block in model.cross_attention_blocks():
+        block.compile(dynamic=True, backend=backend)

@@ -48,7 +48,7 @@ def enable(model: VisionLanguageModel, pieces: tuple[str, ...] = PIECES) -> list
 
 def install(model: VisionLanguageModel, pieces: list[str]) -> None:
     """As `enable`, without a look at what this model allows."""
-    attentions = [layer.gated_cross_attn_layer.attn for layer in model.lang_encoder._get_decoder_layers()]
+    attentions = [block.attn for block in model.cross_attention_blocks()]
     mixins = {
         "grouped": [(attention, GroupedMixin) for attention in attentions],
         "chunked": [(model, ChunkedLossMixin)],
@@ -66,6 +66,8 @@ def install(model: VisionLanguageModel, pieces: list[str]) -> None:
 def _fits(model: VisionLanguageModel, piece: str, chosen: list[str]) -> bool:
     if piece == "chunked":
         return head_is_last(model)
+    if piece in ("grouped", "packed") and not model.cross_attention_blocks():
+        return False  # a text with its pictures in it has other lengths than the batch says
     if piece == "packed":
         return "chunked" in chosen and can_pack(model.lang_encoder)
     if piece == "few_at_once":
@@ -108,8 +110,7 @@ def _trial_losses(model: VisionLanguageModel) -> list[float]:
     tokenizer, draw = model.vision_tokenizer, torch.Generator().manual_seed(0)
     latents = torch.randn(2, tokenizer.num_latents, tokenizer.dim, generator=draw).to(ids.device)
     banks = {"latents": latents[:1], "texts_per_image": 2}, {"latents": latents, "texts_per_image": 1}
-    blocks = [layer.gated_cross_attn_layer for layer in model.lang_encoder._get_decoder_layers()]
-    gates = [gate for block in blocks for gate in (block.attn_gate, block.ff_gate)]
+    gates = [gate for block in model.cross_attention_blocks() for gate in (block.attn_gate, block.ff_gate)]
     values = [gate.clone() for gate in gates]
     try:
         for gate in gates:

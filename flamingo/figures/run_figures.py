@@ -30,9 +30,12 @@ def training_figure(
     Args:
         steps, losses: training loss by optimizer step.
         validations: {"step", "val_loss", "val_loss_blind"} of each validation.
-        gates: {"step", "attn": [one per layer], "ff": [one per layer]} of each validation, as tanh(gate).
+        gates: {"step", "attn": [one per layer], "ff": [one per layer]} of each validation, as tanh(gate); a model
+            without gates has empty lists.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    layers = len(gates[0]["attn"]) if gates else 0
+    figure, axes = plt.subplots(1, 2 if layers else 1, figsize=(11 if layers else 5.5, 4), squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     left.plot(steps, losses, color=COLORS["train"], lw=0.8, alpha=0.7, label="training")
     at = [entry["step"] for entry in validations]
     left.plot(at, [entry["val_loss"] for entry in validations], "o-", color=COLORS["with"], label="validation")
@@ -43,16 +46,17 @@ def training_figure(
     left.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Does it look at the picture?")
     left.set_ylim(bottom=0, top=min(left.get_ylim()[1], 1.1 * max([*losses[:1], 1.0])) if losses else None)
     left.legend(frameon=False)
-    layers = len(gates[0]["attn"]) if gates else 0
     colors = plt.get_cmap("viridis")([i / max(1, layers - 1) * 0.9 for i in range(layers)])
     for layer in range(layers):
         x = [entry["step"] for entry in gates]
         label = f"layer {layer}" if layers <= 6 or layer % 3 == 0 else None
         right.plot(x, [entry["attn"][layer] for entry in gates], color=colors[layer], label=label)
         right.plot(x, [entry["ff"][layer] for entry in gates], color=colors[layer], ls=":")
-    right.axhline(0, color="black", lw=0.5)
-    right.set(xlabel="optimizer step", ylabel="tanh(gate)", title="Gates (attention —, feed-forward ···)", ylim=(-1, 1))
-    right.legend(frameon=False, fontsize=8)
+    if layers:
+        right.axhline(0, color="black", lw=0.5)
+        title = "Gates (attention —, feed-forward ···)"
+        right.set(xlabel="optimizer step", ylabel="tanh(gate)", title=title, ylim=(-1, 1))
+        right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -20,14 +20,14 @@ from typing import NamedTuple
 
 import torch
 
-from flamingo.config import ModelConfig, layers_with_cross_attention
+from flamingo.config import LinearConfig, ModelConfig, layers_with_cross_attention
 from flamingo.data.preprocess import Preprocess
 from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.errors import InputError
 from flamingo.files import fingerprint, one_line, resolve, sample
 from flamingo.interop import compat
 from flamingo.limits import must_fit
-from flamingo.model.build import TOKENIZERS, build_from_parts
+from flamingo.model.build import FUSIONS, TOKENIZERS, build_from_parts, make_vision_tokenizer
 from flamingo.model.cross_attention import GatedCrossAttentionBlock
 from flamingo.model.vision import HuggingFaceClipEncoder, OpenClipEncoder, VisionEncoder
 from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
@@ -197,18 +197,34 @@ def build_flamingo(config: ModelConfig, quantization=None) -> Built:
     lm, tokenizer = load_language_model(language.name, quantization)
     found = dataclasses.replace(
         config,
+        linear=_with_patches(config, encoder),
         vision=_as_found("dim_visual", vision, encoder.dim, encoder.fingerprint),
         language=_as_found(
             "dim", language, lm.config.hidden_size, fingerprint(lm) if quantization is None else language.fingerprint
         ),
     )
-    _must_fit(found, lm.config.num_hidden_layers)
+    _must_fit(found, lm.config.num_hidden_layers, lm.get_input_embeddings())
     add_flamingo_tokens(tokenizer)
     processor = FlamingoProcessor(tokenizer, encoder.preprocess)
     tokens = SpecialTokens(processor.media_token_id, processor.eoc_token_id, processor.pad_token_id)
     model = build_from_parts(found, encoder, lm, tokens, encoder.dim)
     model.backbone_samples = _backbone_samples(model)
     return Built(model, processor, found)
+
+
+def _with_patches(config: ModelConfig, encoder: VisionEncoder) -> LinearConfig:
+    """The linear projection's settings with the number of patches found, which they may not contradict."""
+    linear = config.linear
+    if not config.is_built("linear"):
+        return linear
+    with torch.no_grad():
+        patches = encoder(torch.zeros(1, 3, *encoder.image_size)).shape[1]
+    if linear.num_patches not in (None, patches):
+        raise InputError(
+            f"the config says linear_num_patches={linear.num_patches}, but the vision encoder gives {patches}: leave "
+            "linear_num_patches out"
+        )
+    return dataclasses.replace(linear, num_patches=patches)
 
 
 def _backbone_samples(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
@@ -224,15 +240,16 @@ def _backbone_samples(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
     }
 
 
-def _must_fit(config: ModelConfig, decoder_layers: int) -> None:
+def _must_fit(config: ModelConfig, decoder_layers: int, embeddings: torch.nn.Embedding) -> None:
     """Raises InputError if the trained parts are larger than this machine's memory. (On the device "meta" they can be
     counted without being made.)"""
-    if config.tokenizer_type not in TOKENIZERS:
+    if config.tokenizer_type not in TOKENIZERS or config.fusion_type not in FUSIONS:
         return  # `build_from_parts` says so
-    fusion, d = config.fusion, config.vision.dim
-    blocks = len(layers_with_cross_attention(decoder_layers, fusion.every, fusion.placement))
+    fusion, d, blocks = config.fusion, config.vision.dim, 0
+    if config.is_built("fusion"):
+        blocks = len(layers_with_cross_attention(decoder_layers, fusion.every, fusion.placement))
     with torch.device("meta"):
-        tokenizer = TOKENIZERS[config.tokenizer_type](dim=d, **vars(config.tokenizer))
+        tokenizer = make_vision_tokenizer(config, d, embeddings)
         block = GatedCrossAttentionBlock(dim=config.language.dim, dim_visual=d, **fusion.block_settings())
     numbers = sum(p.numel() for p in tokenizer.parameters()) + blocks * sum(p.numel() for p in block.parameters())
     must_fit(4 * numbers, "the trained parts", "lower what --set or config.json asks for (depth, heads, …)")

@@ -36,7 +36,7 @@ from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.interop.huggingface_generation import Generate
 from flamingo.interop.huggingface_loading import LoadAndSave
 from flamingo.model.cross_attention import Images
-from flamingo.model.language_model import FlamingoLayer
+from flamingo.model.language_model import FlamingoLayer, FlamingoLMMixin
 from flamingo.model.vlm import next_tokens
 
 
@@ -145,8 +145,9 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         return self.flamingo.trainable_state_dict()
 
     def get_modified_layers(self) -> list[FlamingoLayer]:
-        """The decoder layers that look at pictures, first to last."""
-        return self.flamingo.lang_encoder._get_decoder_layers()
+        """The decoder layers that look at pictures, first to last; none in a language stream."""
+        lm = self.flamingo.lang_encoder
+        return lm._get_decoder_layers() if isinstance(lm, FlamingoLMMixin) else []
 
     def get_input_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_input_embeddings()

@@ -3,13 +3,20 @@
 from torch import nn
 from transformers import GenerationConfig
 
-from flamingo.config import ModelConfig
+from flamingo.config import PART_OF, ModelConfig
 from flamingo.errors import InputError
+from flamingo.interop import compat
+from flamingo.model.language_stream import LanguageStreamModel, ProjectedResampler
+from flamingo.model.linear import LinearProjection
+from flamingo.model.qformer import QFormer
 from flamingo.model.resampler import PerceiverResampler
 from flamingo.model.vlm import Flamingo, SpecialTokens, VisionLanguageModel
 
-TOKENIZERS = {"perceiver": PerceiverResampler}  # of `tokenizer_type`: (N, F, v, d) → (N, n, d)
-FUSIONS = {"cross-attention": Flamingo}  # of `fusion_type`
+TOKENIZERS = {"perceiver": PerceiverResampler, "qformer": QFormer, "linear": LinearProjection}  # of `tokenizer_type`
+FUSIONS = {"cross-attention": Flamingo, "language-stream": LanguageStreamModel}  # of `fusion_type`
+
+# open_flamingo's names for the three.
+VLM, VLMWithCrossAttention, VLMWithLanguageStream = VisionLanguageModel, Flamingo, LanguageStreamModel
 
 
 def build_from_parts(
@@ -22,14 +29,31 @@ def build_from_parts(
     """
     if not config.vision.freeze:
         raise InputError("vision.freeze must be true: the vision encoder is frozen")
-    tokenizer_class = _named("tokenizer_type", config.tokenizer_type, TOKENIZERS)
     model_class = _named("fusion_type", config.fusion_type, FUSIONS)
-    tokenizer = tokenizer_class(dim=dim_visual, **vars(config.tokenizer))
+    tokenizer = make_vision_tokenizer(config, dim_visual, lang_encoder.get_input_embeddings())
     model = model_class(vision_encoder, tokenizer, lang_encoder, tokens, config)
     lang_encoder.generation_config = generation_config(tokens)
     if not config.language.freeze:
         model.train_language_model(True)
     return model
+
+
+def make_vision_tokenizer(config: ModelConfig, dim_visual: int, embeddings: nn.Embedding) -> nn.Module:
+    """(N, F, v, d) → (N, n, d'). Where its latents stand among token embeddings they are as wide as these, and begin as
+    large; beside the text, cross-attention takes them in any width.
+
+    embeddings: the language model's. Raises InputError for an unknown tokenizer, or settings it cannot have.
+    """
+    tokenizer_class = _named("tokenizer_type", config.tokenizer_type, TOKENIZERS)
+    part = next(part for part, built in PART_OF.items() if built == ("tokenizer_type", config.tokenizer_type))
+    settings = vars(getattr(config, part))
+    if config.fusion_type != "language-stream":
+        return tokenizer_class(dim=dim_visual, **settings)
+    tokenizer_class = ProjectedResampler if tokenizer_class is PerceiverResampler else tokenizer_class
+    tokenizer = tokenizer_class(dim=dim_visual, dim_out=embeddings.embedding_dim, **settings)
+    scale = compat.embedding_scale(embeddings)
+    tokenizer.projection.as_large_as(scale * embeddings.weight.detach().float().std().item())
+    return tokenizer
 
 
 def generation_config(tokens: SpecialTokens) -> GenerationConfig:

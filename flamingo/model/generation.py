@@ -3,7 +3,8 @@
 Both lay the pictures beside the text once, by the model's fusion, and then leave the work to the language model.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,33 @@ from torch import Tensor
 
 from flamingo.interop import compat
 
+OPEN_FLAMINGO_NAMES = {"vision_x": "pixel_values", "lang_x": "input_ids"}
+
+
+def with_open_flamingo_names(method: Callable) -> Callable:
+    """A method that also takes its pictures as vision_x (B, T_img, F, C, H, W) and its texts as lang_x (B, T_txt)."""
+
+    @functools.wraps(method)
+    def renamed(self, *args, **kwargs):
+        for theirs, ours in OPEN_FLAMINGO_NAMES.items():
+            if theirs in kwargs:
+                if ours in kwargs:
+                    raise ValueError(f"{theirs} and {ours} are two names of the same thing: give one of them")
+                kwargs[ours] = kwargs.pop(theirs)
+        return method(self, *args, **kwargs)
+
+    return renamed
+
 
 class TextGeneration:
-    """Methods of a `VisionLanguageModel` (vlm.py)."""
+    """Methods of a `VisionLanguageModel` (vlm.py).
 
+    tokens_per_image: how many places of the text a picture takes; none if it is laid beside it.
+    """
+
+    tokens_per_image = 0
+
+    @with_open_flamingo_names
     @torch.no_grad()
     def generate(
         self,
@@ -46,21 +70,33 @@ class TextGeneration:
         lengths = [options.get("max_new_tokens"), options.get("max_length"), config.max_new_tokens, config.max_length]
         if not any(lengths) and "generation_config" not in options:  # which would say for itself how long to go on
             lengths[0] = options["max_new_tokens"] = 32
-        tokens = inputs_embeds if input_ids is None else input_ids
-        self.check_room(tokens.shape[1] + (lengths[0] or lengths[2] or 0))
         images = self.prepare_images(pixel_values, features, latents, image_index, texts_per_image, blind)
         text = (input_ids, attention_mask, media_locations, None, inputs_embeds)
         with self.reading(images, *text, generating=True) as text:
-            return self.lang_encoder.generate(**text.inputs(), **options)
+            self.check_room(text.inputs(), lengths[0] or lengths[2] or 0)
+            # With embeddings to read first, the ids are what they are the embeddings of, and part of what comes back.
+            prompt = {} if text.input_ids is None else {"input_ids": text.input_ids}
+            return self.lang_encoder.generate(**(text.inputs() | prompt), **options)
 
-    def check_room(self, length: int) -> None:
-        """Raises ValueError if the language model has fewer positions than `length`."""
+    def check_room(self, inputs: dict[str, Tensor], more: int) -> None:
+        """Raises ValueError if the language model has fewer positions than `more` tokens behind its `inputs` need."""
         positions = compat.max_positions(self.lang_encoder)
-        if positions is not None and length > positions:
-            raise ValueError(
-                f"prompt and new tokens need {length} positions, the language model has {positions}: shorten the "
-                "prompt, give fewer examples, or lower max_new_tokens"
-            )
+        if positions is None:
+            return
+        if "position_ids" in inputs:  # padding takes none; the last token's is the largest of a text
+            needed = inputs["position_ids"][:, -1] + 1 + more
+        else:
+            read = inputs.get("input_ids", inputs.get("inputs_embeds"))
+            needed = torch.full((len(read),), read.shape[1] + more)
+        in_the_text = self.tokens_per_image
+        compat.check_values(
+            needed <= positions,
+            lambda i: (
+                f"prompt and new tokens need {int(needed[i])} positions, the language model has {positions}"
+                + (f" (a picture takes {in_the_text})" if in_the_text else "")
+                + ": shorten the prompt, give fewer examples, or lower max_new_tokens"
+            ),
+        )
 
     @torch.no_grad()
     def score_sequences(
@@ -86,7 +122,6 @@ class TextGeneration:
         lm, texts, count = self.lang_encoder, len(input_ids), len(candidates)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         length = max(map(len, candidates))
-        self.check_room(input_ids.shape[1] + length)
         ids = torch.full((count, length), self.pad_token_id, device=input_ids.device)
         real = torch.zeros(count, length, dtype=attention_mask.dtype, device=input_ids.device)
         for k, candidate in enumerate(candidates):
@@ -95,7 +130,8 @@ class TextGeneration:
         ids, real = ids.repeat(texts, 1), real.repeat(texts, 1)  # (B·K, L): all candidates of a text side by side
         images = self.prepare_images(**images)
         with self.reading(images, input_ids, attention_mask, media_locations, generating=True) as text:
-            read = lm(**text.inputs(), use_cache=True, **positions_of(lm, text.attention_mask))
+            self.check_room(text.inputs(), length)
+            read = lm(**(text.inputs() | positions_of(lm, text.attention_mask)), use_cache=True)
             cache = compat.cache_of(read)
             cache.batch_repeat_interleave(count)
             whole_mask = torch.cat([text.attention_mask.repeat_interleave(count, dim=0), real], dim=1)

@@ -28,7 +28,7 @@ from flamingo.config import ModelConfig
 from flamingo.interop import compat
 from flamingo.model.added_tokens import decouple_added_tokens
 from flamingo.model.cross_attention import Images
-from flamingo.model.generation import TextGeneration
+from flamingo.model.generation import TextGeneration, with_open_flamingo_names
 from flamingo.model.language_model import CrossAttentionFusion, FlamingoLMMixin, extend_instance
 
 
@@ -46,6 +46,7 @@ class Text:
 
     input_ids, attention_mask, labels, media_locations: (B, T_txt); inputs_embeds: (B, T_txt, D) in place of the ids.
     labels are -100 where there is no loss; media_locations say where the pictures are, if not at the <image> tokens.
+    position_ids, places: if pictures stand in between (language_stream.py), and (B, T_txt) where to read what follows.
     """
 
     input_ids: Tensor | None = None
@@ -53,11 +54,17 @@ class Text:
     labels: Tensor | None = None
     media_locations: Tensor | None = None
     inputs_embeds: Tensor | None = None
+    position_ids: Tensor | None = None
+    places: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of the language model."""
-        inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "inputs_embeds")}
-        return {name: value for name, value in inputs.items() if value is not None}
+        names = ("input_ids" if self.inputs_embeds is None else "inputs_embeds", "attention_mask", "position_ids")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def at_tokens(self, x: Tensor) -> Tensor:
+        """Of all that was read (B, …, D) → of the text's tokens (B, T_txt, D)."""
+        return x if self.places is None else x.gather(1, self.places[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -110,7 +117,15 @@ class VisionLanguageModel(TextGeneration, nn.Module):
     def added_parts(self) -> list[nn.Module]:
         """What was added to the language model, and trains in any case."""
         tables = self.lang_encoder.get_input_embeddings(), self.lang_encoder.get_output_embeddings()
-        return [tables[0].additional_embedding, tables[1].additional_fc]
+        return [tables[0].additional_embedding, tables[1].additional_fc, *self.cross_attention_blocks()]
+
+    def cross_attention_blocks(self) -> list[nn.Module]:
+        """Those between the decoder layers, first to last; none where pictures stand in the text itself."""
+        return [layer.gated_cross_attn_layer for layer in getattr(self.lang_encoder, "_get_decoder_layers", list)()]
+
+    def gates(self) -> list[tuple[float, float]]:
+        """tanh of the attention and feed-forward gate of each block: how open it is."""
+        return [(block.attn_gate.tanh().item(), block.ff_gate.tanh().item()) for block in self.cross_attention_blocks()]
 
     def train_language_model(self, trains: bool) -> None:
         """Train the language model's own weights too, or freeze them (the default)."""
@@ -134,7 +149,23 @@ class VisionLanguageModel(TextGeneration, nn.Module):
 
     def tokenize_images(self, features: Tensor, image_index: Tensor | None = None) -> Tensor:
         """(N, F, v, d) → (N, n, d'). image_index: (B, T_img), for a tokenizer that needs a picture's place."""
-        return self.vision_tokenizer(features)
+        if image_index is None or getattr(self.vision_tokenizer, "media_time_embs", None) is None:
+            return self.vision_tokenizer(features)
+        return self.vision_tokenizer(features, self._place_of_each_picture(image_index, len(features)))
+
+    def _place_of_each_picture(self, image_index: Tensor, pictures: int) -> Tensor:
+        """(B, T_img) → (N,) the slot each picture of the bank stands in. Raises ValueError if a text has more pictures
+        than there are embeddings, or a picture different slots: its latents would differ from text to text."""
+        known = len(self.vision_tokenizer.media_time_embs)
+        if image_index.shape[1] > known:
+            raise ValueError(f"a text has {image_index.shape[1]} pictures, but max_num_media is {known}")
+        slots = torch.arange(image_index.shape[1], device=image_index.device).expand_as(image_index)
+        row = torch.where(image_index < 0, pictures, image_index)  # empty slots write into a row that is dropped
+        place = torch.zeros(pictures + 1, dtype=torch.long, device=row.device)
+        place.scatter_(0, row.flatten(), slots.flatten())
+        mistake = "with media time embeddings a picture of the bank must stand in the same place in every text"
+        compat.check_values((place[row] == slots) | (image_index < 0), lambda i: mistake)
+        return place[:-1]
 
     def prepare_images(
         self, pixel_values: Tensor | None = None, features: Tensor | None = None, latents: Tensor | None = None,
@@ -185,6 +216,7 @@ class VisionLanguageModel(TextGeneration, nn.Module):
         return Images(bank, image_index, texts_per_image)
 
     # --------------------------------------------------------------------------------------- fuse, predict
+    @with_open_flamingo_names
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
         media_locations: Tensor | None = None, inputs_embeds: Tensor | None = None,
@@ -211,6 +243,7 @@ class VisionLanguageModel(TextGeneration, nn.Module):
 
     def predict(self, text: Text, **lm_options):
         output = self.lang_encoder(**text.inputs(), **lm_options)
+        output.logits = text.at_tokens(output.logits)
         if text.labels is not None:
             output.loss = next_token_loss(output.logits, text.labels)
         return output
@@ -219,16 +252,11 @@ class VisionLanguageModel(TextGeneration, nn.Module):
 class Flamingo(VisionLanguageModel):
     """A vision tokenizer and gated cross-attention between a frozen encoder and a frozen language model.
 
-    Args:
-        vision_encoder, vision_tokenizer, lang_encoder, tokens: see `VisionLanguageModel`; the language model is
-            extended in place.
-        config: of which the fusion and the place of the decoder layers are read.
+    Args: see `VisionLanguageModel`; the language model is extended in place. config: of which the fusion and the place
+    of the decoder layers are read.
     """
 
-    def __init__(
-        self, vision_encoder: nn.Module, vision_tokenizer: nn.Module, lang_encoder: nn.Module, tokens: SpecialTokens,
-        config: ModelConfig,
-    ):  # fmt: skip
+    def __init__(self, vision_encoder, vision_tokenizer, lang_encoder, tokens: SpecialTokens, config: ModelConfig):
         extend_instance(lang_encoder, FlamingoLMMixin)
         lang_encoder.init_flamingo(
             media_token_id=tokens.image, dim_visual=vision_tokenizer.dim, config=config.fusion,
@@ -238,31 +266,3 @@ class Flamingo(VisionLanguageModel):
         fusion = CrossAttentionFusion(lang_encoder)
         super().__init__(vision_encoder, vision_tokenizer, lang_encoder, fusion, tokens)
         self.train(False)
-
-    def added_parts(self) -> list[nn.Module]:
-        blocks = [layer.gated_cross_attn_layer for layer in self.lang_encoder._get_decoder_layers()]
-        return [*super().added_parts(), *blocks]
-
-    def tokenize_images(self, features: Tensor, image_index: Tensor | None = None) -> Tensor:
-        if image_index is None or getattr(self.vision_tokenizer, "media_time_embs", None) is None:
-            return self.vision_tokenizer(features)
-        return self.vision_tokenizer(features, self._place_of_each_picture(image_index, len(features)))
-
-    def _place_of_each_picture(self, image_index: Tensor, pictures: int) -> Tensor:
-        """(B, T_img) → (N,) the slot each picture of the bank stands in. Raises ValueError if a text has more pictures
-        than there are embeddings, or a picture different slots: its latents would differ from text to text."""
-        known = len(self.vision_tokenizer.media_time_embs)
-        if image_index.shape[1] > known:
-            raise ValueError(f"a text has {image_index.shape[1]} pictures, but max_num_media is {known}")
-        slots = torch.arange(image_index.shape[1], device=image_index.device).expand_as(image_index)
-        row = torch.where(image_index < 0, pictures, image_index)  # empty slots write into a row that is dropped
-        place = torch.zeros(pictures + 1, dtype=torch.long, device=row.device)
-        place.scatter_(0, row.flatten(), slots.flatten())
-        mistake = "with media time embeddings a picture of the bank must stand in the same place in every text"
-        compat.check_values((place[row] == slots) | (image_index < 0), lambda i: mistake)
-        return place[:-1]
-
-    def gates(self) -> list[tuple[float, float]]:
-        """tanh of the attention and feed-forward gate of each layer, first layer first: how open it is."""
-        blocks = [layer.gated_cross_attn_layer for layer in self.lang_encoder._get_decoder_layers()]
-        return [(block.attn_gate.tanh().item(), block.ff_gate.tanh().item()) for block in blocks]

@@ -117,7 +117,7 @@ class RunLog:
         opened = " ".join(f"{attn:+.2f}" for attn in entry["attn"])
         bar.write(
             f"step {step}: validation loss {entry['val_loss']:.3f} with the picture, "
-            f"{entry['val_loss_blind']:.3f} without; attention gates {opened}"
+            f"{entry['val_loss_blind']:.3f} without" + (f"; attention gates {opened}" if opened else "")
         )
         steps = range(step - len(self.losses) + 1, step + 1)
         write_atomically(

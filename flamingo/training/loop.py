@@ -38,8 +38,8 @@ def describe(model: VisionLanguageModel) -> str:
     """What is trained and what is frozen, with counts: a table for the terminal."""
     parts = {
         "vision encoder": model.vision_encoder,
-        "resampler": model.vision_tokenizer,
-        "cross-attention": nn.ModuleList(x.gated_cross_attn_layer for x in model.lang_encoder._get_decoder_layers()),
+        "vision tokenizer": model.vision_tokenizer,
+        "cross-attention": nn.ModuleList(model.cross_attention_blocks()),
     }
     counted = {id(p) for part in parts.values() for p in part.parameters()}
     rows = [(name, _counts(part.parameters())) for name, part in parts.items()]

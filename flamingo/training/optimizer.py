@@ -3,33 +3,41 @@
 import math
 
 import torch
+from torch import nn
 
 from flamingo.config import TrainingOptions
 from flamingo.model.vlm import VisionLanguageModel
 
 
 def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW over what trains and nothing else, in three groups.
+    """AdamW over what trains and nothing else, in three groups, and two more if the language model trains.
 
     Only matrices decay: pulling gates, norms, latents or embeddings towards 0 would mean something. The gates learn
     much faster than the rest: tanh(0) = 0 lets through neither signal nor gradient, so until they open nothing else
-    in the block gets a gradient, and at the common rate they hardly open.
+    in the block gets a gradient, and at the common rate they hardly open. A language model that knows its language
+    already learns more slowly than what is new (`lm_lr`).
     """
-    gates, matrices, rest = [], [], []
+    gates, matrices, rest, lm_matrices, lm_rest = [], [], [], [], []
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    own = {id(p) for part in (model.vision_tokenizer, *model.added_parts()) for p in part.parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        decays = parameter.ndim >= 2 and not any(part in name for part in ("additional", "latents", "_embs", "query_"))
         if name.endswith("_gate"):
             gates.append(parameter)
-        elif parameter.ndim >= 2 and not any(part in name for part in ("additional", "latents", "_embs")):
-            matrices.append(parameter)
+        elif id(parameter) in own:
+            (matrices if decays else rest).append(parameter)
         else:
-            rest.append(parameter)
+            (lm_matrices if decays and id(parameter) not in tables else lm_rest).append(parameter)
     groups = [
         {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
         {"params": rest, "lr": options.lr, "weight_decay": 0.0},
         {"params": gates, "lr": options.gate_lr, "weight_decay": 0.0},
+        {"params": lm_matrices, "lr": options.lm_lr, "weight_decay": options.weight_decay},
+        {"params": lm_rest, "lr": options.lm_lr, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     for group in groups:
         group["peak_lr"] = group["lr"]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)

@@ -23,7 +23,7 @@ def uses_classroom(options: TrainingOptions) -> bool:
 def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
     """(training examples, validation examples). Raises InputError when the set cannot be read or is too small."""
     if uses_classroom(options):
-        if options.preset != "classroom":
+        if not options.preset.startswith("classroom"):
             raise InputError(f"the preset {options.preset} needs data: name it with --data")
         if options.image_column is not None or options.caption_columns is not None:
             raise InputError("--image-column and --caption-columns belong to --data: name the set")
