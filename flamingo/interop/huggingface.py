@@ -35,18 +35,22 @@ from flamingo.interop.backbones import Built, build_flamingo
 from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.interop.huggingface_generation import Generate
 from flamingo.interop.huggingface_loading import LoadAndSave
+from flamingo.interop.huggingface_stream import behind
 from flamingo.model.cross_attention import Images
-from flamingo.model.language_model import FlamingoLayer, FlamingoLMMixin
+from flamingo.model.language_model import FlamingoLayer
+from flamingo.model.language_stream import LanguageStreamModel
 from flamingo.model.vlm import next_tokens
 
 
 @dataclass
 class TextSoFar:
     """What the tokens in a cache have seen, kept with the cache, for the next call may bring neither pictures nor
-    <image>. media_locations: (B, tokens read) bool."""
+    <image>. media_locations: (B, tokens read) bool. attention_mask: of a language stream, whose pictures are in the
+    cache themselves, (B, places read)."""
 
     images: Images | None
     media_locations: Tensor
+    attention_mask: Tensor | None = None
 
 
 class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
@@ -146,8 +150,7 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
 
     def get_modified_layers(self) -> list[FlamingoLayer]:
         """The decoder layers that look at pictures, first to last; none in a language stream."""
-        lm = self.flamingo.lang_encoder
-        return lm._get_decoder_layers() if isinstance(lm, FlamingoLMMixin) else []
+        return [] if self._is_stream() else self.flamingo.lang_encoder._get_decoder_layers()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_input_embeddings()
@@ -246,7 +249,8 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
             pixel_values: see `encode_resample_visuals`; visual_features: what it returns. Neither: no pictures, or with
                 a cache those of earlier calls.
             image_index: (B, T_img); pixel_values or visual_features are then a bank (N, …), see `Flamingo`.
-            cache, or past_key_values, its name before transformers 5.24: keys and values of the text so far.
+            cache, or past_key_values, its name before transformers 5.24: keys and values of the text so far. (In a
+                language stream its pictures are in it: give those of the new tokens only.)
             output_attentions: `.attentions` of the language model, a (B, h, T_txt, T_txt) for each layer, and
                 `.cross_attentions` (B, h, T_txt, T_img·n) for each layer that looks at pictures. (The language model
                 is then computed by attn_implementation="eager", for no other keeps them.)
@@ -266,6 +270,9 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         with ExitStack() as stack:
             text = (input_ids, attention_mask, so_far.media_locations, labels, inputs_embeds)
             text = stack.enter_context(self.flamingo.reading(so_far.images, *text))
+            if self._is_stream():
+                text = behind(text, past, lm)
+                so_far.attention_mask = text.attention_mask
             weights = []
             if attentions:
                 stack.enter_context(compat.eager_attention(lm))
@@ -284,6 +291,10 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         as_dict = config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
+    def _is_stream(self) -> bool:
+        """Do the pictures stand in the text itself?"""
+        return isinstance(self.flamingo, LanguageStreamModel)
+
     def _text_so_far(
         self, tokens: Tensor, media_locations: Tensor | None, images: dict, past: Cache | None
     ) -> TextSoFar:
@@ -293,6 +304,11 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         """
         read, before = compat.tokens_read(past), getattr(past, "text_so_far", None)
         ids = tokens if tokens.ndim == 2 else None
+        if self._is_stream():  # what was read stays read: only the new tokens' pictures are needed
+            if media_locations is None and ids is not None:
+                media_locations = ids == self.flamingo.media_token_id
+            where = None if media_locations is None else media_locations[:, -tokens.shape[1] :]
+            return TextSoFar(self.flamingo.prepare_images(**images), where)
         if not read:
             if media_locations is None and ids is not None:
                 media_locations = ids == self.flamingo.media_token_id

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flamingo.data.processor import MEDIA_TOKEN, FlamingoProcessor
+from flamingo.errors import InputError
 from flamingo.interop.selfcheck import check_decoding
 
 
@@ -44,6 +45,8 @@ class Generate:
         images = self._images(
             len(inputs_embeds if input_ids is None else input_ids), pixel_values, visual_features, image_index
         )
+        if assistant_model is not None and not self.get_modified_layers():
+            raise InputError("assistant_model: a language stream begins with embeddings, which no assistant can read")
         self.flamingo.lang_encoder.generation_config = self.generation_config
         if media_locations is None and input_ids is not None:
             media_locations = input_ids == self.flamingo.media_token_id
