@@ -2,6 +2,7 @@
 
     python train.py                                       the classroom: offline, minutes on a laptop
     python train.py --data my_pictures                    a folder of captioned pictures (see flamingo/data/captions.py)
+    python train.py --preset classroom-kosmos             another architecture (flamingo/presets.py)
     python train.py --preset opt-125m                     the real recipe: one GPU and a hub connection
     python train.py --resume runs/classroom               go on with a run that was stopped
 
@@ -17,7 +18,7 @@ from pathlib import Path  # noqa: E402
 
 from flamingo.config import TrainingOptions  # noqa: E402
 from flamingo.errors import run_command  # noqa: E402
-from flamingo.presets import model_config  # noqa: E402
+from flamingo.presets import is_text_only, model_config  # noqa: E402
 from flamingo.run_folder import in_run_folder  # noqa: E402
 from flamingo.training.command_line import parse_training_options  # noqa: E402
 
@@ -105,5 +106,14 @@ def main(options: TrainingOptions, folder: Path) -> None:
     finish.finish(folder, model, processor, config, shown, log, counts, place, dtype)
 
 
+def start(options: TrainingOptions) -> None:
+    if is_text_only(options.preset):
+        from flamingo.training.text import train_on_text
+
+        in_run_folder(train_on_text, options)
+    else:
+        in_run_folder(main, options)
+
+
 if __name__ == "__main__":
-    run_command("train.py", lambda: in_run_folder(main, parse_training_options(sys.argv[1:])))
+    run_command("train.py", lambda: start(parse_training_options(sys.argv[1:])))

@@ -27,8 +27,18 @@ _WHERE = {
     "FlamingoModel": "interop.huggingface",
     "import_weights": "interop.peers",
     "open_flamingo_settings": "interop.peers",
+    "open_flamingo_modeling_settings": "interop.peers",
     "config_from_flamingo_mini": "interop.peers",
     "rename_flamingo_pytorch": "interop.peers",
+    "VLM": "model.build",
+    "VLMWithCrossAttention": "model.build",
+    "VLMWithLanguageStream": "model.build",
+    "QFormer": "model.qformer",
+    "LinearProjection": "model.linear",
+    "lay_stream": "model.language_stream",
+    "PaLMConfig": "model.palm",
+    "PaLMForCausalLM": "model.palm",
+    "FlamingoPaLM": "interop.flamingo_pytorch",
     "InputError": "errors",
 }
 __all__ = list(_WHERE)

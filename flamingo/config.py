@@ -6,6 +6,7 @@
       qformer     QFormerConfig          model/qformer.py
       linear      LinearConfig           model/linear.py
       fusion      CrossAttentionConfig   model/cross_attention.py, model/language_model.py
+      stream      StreamConfig           model/language_stream.py
       language    LanguageConfig         interop/backbones.py
     TrainingOptions                      train.py
 
@@ -130,6 +131,16 @@ class CrossAttentionConfig(BlockConfig):
         return {block.name: getattr(self, block.name) for block in dataclasses.fields(BlockConfig)}
 
 
+@dataclass
+class StreamConfig:
+    """Fusion by language stream.
+
+    in_place: latents take the place of their <image> (open_flamingo), or stand right behind it.
+    """
+
+    in_place: bool = False
+
+
 def layers_with_cross_attention(count: int, every: int, placement: str = "near") -> list[int]:
     """Which of `count` layers get a cross-attention before them.
 
@@ -162,13 +173,14 @@ class LanguageConfig:
 @dataclass
 class ModelConfig:
     """The architecture. tokenizer_type and fusion_type: names in the tables of model/build.py; they decide which of the
-    parts `tokenizer`, `qformer`, `linear` and `fusion` are built (`PART_OF`)."""
+    parts `tokenizer`, `qformer`, `linear`, `fusion` and `stream` are built (`PART_OF`)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     tokenizer: ResamplerConfig = field(default_factory=ResamplerConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
     fusion: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     tokenizer_type: str = "perceiver"
     fusion_type: str = "cross-attention"
@@ -183,6 +195,7 @@ class ModelConfig:
 PART_OF = {
     "tokenizer": ("tokenizer_type", "perceiver"), "qformer": ("tokenizer_type", "qformer"),
     "linear": ("tokenizer_type", "linear"), "fusion": ("fusion_type", "cross-attention"),
+    "stream": ("fusion_type", "language-stream"),
 }  # fmt: skip
 
 
@@ -197,7 +210,8 @@ _FLAT_BY_NAME = {
     "only_attend_immediate_media": "fusion.only_immediate_media",
     "tokenizer_type": "tokenizer_type", "fusion_type": "fusion_type",
 }  # fmt: skip
-_PREFIX = {"resampler_": "tokenizer", "qformer_": "qformer", "linear_": "linear", "xattn_": "fusion"}
+_PREFIX = {"resampler_": "tokenizer", "qformer_": "qformer", "linear_": "linear", "xattn_": "fusion",
+           "stream_": "stream"}  # fmt: skip
 
 
 def paths(config: ModelConfig) -> dict[str, object]:
@@ -313,7 +327,8 @@ class TrainingOptions:
 
     preset: str = option(
         "classroom",
-        "which recipe to train: classroom, opt-125m or gpt2; classroom and opt-125m also with -kosmos, -blip or -llava",
+        "which recipe to train: classroom, opt-125m or gpt2; classroom and opt-125m also with -kosmos, -blip or "
+        "-llava; palm-text, a language model on text alone",
     )
     data: str | None = option(
         None, "what to train on: a hub name, a folder of captioned pictures, or a .jsonl, .csv or .parquet file"

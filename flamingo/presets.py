@@ -51,6 +51,17 @@ PRESETS = {
     },
 }  # fmt: skip
 
+# A language model on text alone (training/text.py), of the size of the classroom's OPT. "palm": fields of PaLMConfig.
+PRESETS["palm-text"] = {
+    "model": {},
+    "palm": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 32, "ff_mult": 4},
+    "training": {"steps": 900, "batch_size": 32, "max_tokens": 192, "lr": 2e-3, "warmup_steps": 50},
+}
+
+
+def is_text_only(preset: str) -> bool:
+    return "palm" in PRESETS[preset]
+
 
 def _with_architecture(preset: str, architecture: str, model: dict | None = None, training: dict | None = None) -> None:
     """The preset's backbones and data under another architecture, as a preset of its own."""

@@ -29,6 +29,7 @@ from flamingo.interop import compat
 from flamingo.limits import must_fit
 from flamingo.model.build import FUSIONS, TOKENIZERS, build_from_parts, make_vision_tokenizer
 from flamingo.model.cross_attention import GatedCrossAttentionBlock
+from flamingo.model.palm import PaLMForCausalLM  # noqa: F401 (transformers then knows its folders)
 from flamingo.model.vision import HuggingFaceClipEncoder, OpenClipEncoder, VisionEncoder
 from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
 

@@ -17,6 +17,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Gene
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo.errors import InputError
 
@@ -89,6 +91,16 @@ def cache_of(output) -> Cache:
     if cache is None:
         raise unlike("transformers", f"returns no cache from {type(output).__name__}")
     return cache
+
+
+def as_output(cache: Cache | None) -> dict[str, Cache]:
+    """{the name that outputs of this transformers have for it: cache}; nothing for None."""
+    if cache is None:
+        return {}
+    names = [entry.name for entry in fields(CausalLMOutputWithPast) if "Cache" in str(entry.type)]
+    if not names:
+        raise unlike("transformers", "has no cache in CausalLMOutputWithPast")
+    return {names[0]: cache}
 
 
 def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Cache]:

@@ -12,6 +12,9 @@ tensors. The tables below are the whole difference:
     ….i.gated_cross_attn_layer.attn_gate        the same             alpha_attn, alpha_ffw        the same
     two added rows, in and out                  rows of the table    one row of the table         -
 
+OpenFlamingo's later package of Flamingo, Kosmos and BLIP says `vision_tokenizer.` and `lang_model.`, has our names for
+the added rows (Kosmos and BLIP have one, for <image>), and calls the projection behind a Q-Former `proj`.
+
 Where cross-attention stands, and what the encoder hands over, are settings: `open_flamingo_settings`,
 `config_from_flamingo_mini`. flamingo-pytorch has no checkpoints and no frozen language model, only modules:
 `rename_flamingo_pytorch` makes their state dicts fit `PerceiverResampler` and `GatedCrossAttentionBlock`.
@@ -29,7 +32,7 @@ from torch import Tensor
 from flamingo.config import ModelConfig, from_flat
 from flamingo.errors import InputError
 from flamingo.files import read_json
-from flamingo.model.vlm import Flamingo
+from flamingo.model.vlm import VisionLanguageModel
 from flamingo.training.checkpoint import load_trained
 
 # A peer's name → ours; the first pattern that fits the whole name decides. LAYERS: the language model's decoder layers.
@@ -53,6 +56,12 @@ FLAMINGO_MINI_CONFIG = (
     "resampler_depth", "resampler_dim_head", "resampler_heads", "resampler_num_latents", "resampler_num_time_embeds",
     "resampler_ff_mult", "resampler_act",
 )  # fmt: skip
+# The later package of OpenFlamingo → the names that the table above knows.
+MODELING = [
+    (r"^vision_tokenizer\.proj\.", "perceiver.projection."),
+    (r"^vision_tokenizer\.", "perceiver."),
+    (r"^lang_model\.", "lang_encoder."),
+]
 FROZEN = ("vision_encoder.", "lang_encoder.", "lm.", "lm_head.")  # what is not renamed and begins so stays out
 
 
@@ -69,6 +78,20 @@ def open_flamingo_settings(xattn_every: int = 1) -> dict:
         "resampler_num_time_embeds": 0,
         "vision_feature_norm": False,
     }
+
+
+def open_flamingo_modeling_settings(family: str, xattn_every: int = 1) -> dict:
+    """The flat settings that a checkpoint of OpenFlamingo's modeling package needs, besides `lm`.
+
+    family: flamingo, kosmos or blip. xattn_every: as above, of flamingo. Raises InputError for another family.
+    """
+    if family == "flamingo":
+        return open_flamingo_settings(xattn_every)
+    if family not in ("kosmos", "blip"):
+        raise InputError(f"unknown family {family!r}: choose one of flamingo, kosmos, blip")
+    encoder = {name: open_flamingo_settings()[name] for name in ("clip_model_type", "vision_feature_norm")}
+    own = {"freeze_language_model": False} if family == "kosmos" else {"tokenizer_type": "qformer"}
+    return encoder | {"fusion_type": "language-stream", "stream_in_place": True} | own
 
 
 def config_from_flamingo_mini(folder: str | Path) -> ModelConfig:
@@ -97,7 +120,7 @@ def rename_flamingo_pytorch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("media_pos_emb", "media_time_embs"): tensor for name, tensor in tensors.items()}
 
 
-def import_weights(model: Flamingo, path: str | Path) -> str:
+def import_weights(model: VisionLanguageModel, path: str | Path) -> str:
     """Load what an OpenFlamingo checkpoint or a flamingo-mini folder trained into a freshly built model.
 
     The rows of the two added tokens are taken by id from the checkpoint's table and head, if it has them; of
@@ -105,7 +128,7 @@ def import_weights(model: Flamingo, path: str | Path) -> str:
     trains its whole vocabulary while ours is frozen; the line returned counts the rows that differ.
 
     Args:
-        model: built with `open_flamingo_settings` or `config_from_flamingo_mini`.
+        model: built with `open_flamingo_settings`, `open_flamingo_modeling_settings` or `config_from_flamingo_mini`.
         path: a file (.pt, .pth, .bin: only tensors are unpickled; or .safetensors), released or saved in training,
             or a folder with model.safetensors or pytorch_model.bin.
 
@@ -161,15 +184,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise InputError(f"{path} is no checkpoint: it is not a table of tensors by name")
     # `module.` is put there by DistributedDataParallel, `flamingo.` by flamingo-mini's outermost class.
-    return {re.sub(r"^(module\.)?(flamingo\.)?", "", name): tensor for name, tensor in tensors.items()}
+    tensors = {re.sub(r"^(module\.)?(flamingo\.)?", "", name): tensor for name, tensor in tensors.items()}
+    for pattern, ours in MODELING:
+        tensors = {re.sub(pattern, ours, name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _rename(tensors: dict[str, Tensor], table: list[tuple[str, str]], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The trained tensors of a peer under our names; a name nobody knows is kept, to be complained about."""
     blocks = (re.fullmatch(r"(.+)\.\d+\.gated_cross_attn_layer\..+", name) for name in own)
-    layers = next(match[1] for match in blocks if match)  # such as lang_encoder.model.decoder.layers
+    layers = next((match[1] for match in blocks if match), "")  # such as lang_encoder.model.decoder.layers
     renamed = {}
     for name, tensor in tensors.items():
+        if name in own and ".additional_" not in name:  # of a language model that was trained too
+            renamed[name] = tensor
+            continue
         for pattern, ours in table:
             if match := re.fullmatch(pattern, name):
                 renamed[match.expand(ours).replace("LAYERS", layers)] = tensor
@@ -188,13 +217,15 @@ def _rename(tensors: dict[str, Tensor], table: list[tuple[str, str]], own: dict[
 
 
 def _added_rows(
-    model: Flamingo, tensors: dict[str, Tensor], ids: list[int], path: Path
+    model: VisionLanguageModel, tensors: dict[str, Tensor], ids: list[int], path: Path
 ) -> tuple[dict[str, Tensor], str]:
     """Our two small tables, in and out, with the rows `ids` as they are in the checkpoint's; and a word about them."""
     inputs = model.lang_encoder.get_input_embeddings()
     small = {name: value.clone() for name, value in model.trainable_state_dict().items() if ".additional_" in name}
     name_in = next(name for name in small if name.endswith("additional_embedding.weight"))
     name_out = next(name for name in small if name.endswith("additional_fc.weight"))
+    if (given := _decoupled_rows(small, tensors, (name_in, name_out), path)) is not None:
+        return small, given
     table, head = _table(tensors, name_in), _table(tensors, name_out)
     if head is None and model.lang_encoder.config.tie_word_embeddings:
         head = table
@@ -215,6 +246,23 @@ def _added_rows(
     same = torch.isclose(table[:count].float(), inputs.weight[:count].cpu().float(), rtol=1e-2, atol=1e-3).all(dim=1)
     left_out = f"; {int((~same).sum())} rows of other tokens differ from the language model's and were left out"
     return small, f"and the rows of {len(ids)} added token(s){'' if same.all() else left_out}"
+
+
+def _decoupled_rows(
+    small: dict[str, Tensor], tensors: dict[str, Tensor], names: tuple[str, str], path: Path
+) -> str | None:
+    """Rows that were decoupled in the checkpoint as well, put into `small`; None if there are none. One row is that of
+    <image>, the second of our two. A bias of theirs has no place here."""
+    for name in names:
+        rows = tensors.get(name)
+        if rows is None:
+            return None
+        if rows.shape[1] != small[name].shape[1] or len(rows) > len(small[name]):
+            raise InputError(f"the added rows of {path} are {tuple(rows.shape)}: it belongs to another language model")
+        small[name][-len(rows) :] = rows
+    bias = tensors.get(names[1].replace(".weight", ".bias"))
+    lost = "" if bias is None or not bias.any() else "; their bias in the head was left out"
+    return f"and the rows of {len(rows)} added token(s){lost}"
 
 
 def _table(tensors: dict[str, Tensor], added: str) -> Tensor | None:

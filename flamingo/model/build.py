@@ -7,7 +7,7 @@ from flamingo.config import PART_OF, ModelConfig
 from flamingo.errors import InputError
 from flamingo.interop import compat
 from flamingo.model.language_stream import LanguageStreamModel, ProjectedResampler
-from flamingo.model.linear import LinearProjection
+from flamingo.model.linear import LinearProjection, begin_as_large_as
 from flamingo.model.qformer import QFormer
 from flamingo.model.resampler import PerceiverResampler
 from flamingo.model.vlm import Flamingo, SpecialTokens, VisionLanguageModel
@@ -52,7 +52,7 @@ def make_vision_tokenizer(config: ModelConfig, dim_visual: int, embeddings: nn.E
     tokenizer_class = ProjectedResampler if tokenizer_class is PerceiverResampler else tokenizer_class
     tokenizer = tokenizer_class(dim=dim_visual, dim_out=embeddings.embedding_dim, **settings)
     scale = compat.embedding_scale(embeddings)
-    tokenizer.projection.as_large_as(scale * embeddings.weight.detach().float().std().item())
+    begin_as_large_as(tokenizer.projection, scale * embeddings.weight.detach().float().std().item())
     return tokenizer
 
 

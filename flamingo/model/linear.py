@@ -17,17 +17,11 @@ from flamingo.config import LinearConfig
 from flamingo.errors import InputError
 
 
-class Projection(nn.Sequential):
-    """LayerNorm, and one matrix: (…, d) → (…, d'). Behind the norm a fresh matrix can give its output any size, such as
-    that of token embeddings (`as_large_as`)."""
-
-    def __init__(self, dim: int, dim_out: int):
-        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, dim_out))
-
-    def as_large_as(self, std: float) -> None:
-        """Begin with outputs of this standard deviation."""
-        nn.init.normal_(self[1].weight, std=std / math.sqrt(self[1].in_features))
-        nn.init.zeros_(self[1].bias)
+def begin_as_large_as(projection: nn.Linear, std: float) -> None:
+    """Fresh weights, with outputs of this standard deviation where inputs have 1, as behind a norm. (Token embeddings
+    are small; latents ten times as large would be all that the first layers hear.)"""
+    nn.init.normal_(projection.weight, std=std / math.sqrt(projection.in_features))
+    nn.init.zeros_(projection.bias)
 
 
 class LinearProjection(nn.Module):
@@ -54,7 +48,7 @@ class LinearProjection(nn.Module):
                 f"{config.shuffle} by {config.shuffle} fill"
             )
         self.num_latents = config.num_patches // config.shuffle**2  # of a still picture
-        self.projection = Projection(dim * config.shuffle**2, self.dim)
+        self.projection = nn.Linear(dim * config.shuffle**2, self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, F, v, d) → (N, n, d'). The frames of a video follow each other."""

@@ -16,7 +16,6 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from flamingo.config import QFormerConfig
 from flamingo.errors import InputError
-from flamingo.model.linear import Projection
 
 
 class QFormer(nn.Module):
@@ -44,7 +43,7 @@ class QFormer(nn.Module):
             cross_attention_frequency=config.every, hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
         ))  # fmt: skip
-        self.projection = None if dim_out is None else Projection(config.width, dim_out)
+        self.projection = None if dim_out is None else nn.Linear(config.width, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, F, v, d) → (N, n, d'). Raises ValueError for more frames than have an embedding."""

@@ -82,14 +82,15 @@ def save_model(
     write_json(
         folder / "config.json", {"model_type": MODEL_TYPE, **dict(sorted(to_flat(config).items())), **(general or {})}
     )
-    _save_processor(folder, processor)
+    save_by_its_own_library(folder, processor)
 
 
-def _save_processor(folder: Path, processor: FlamingoProcessor) -> None:
-    """Other libraries write these files, in place and one after the other: so first into a folder of their own."""
+def save_by_its_own_library(folder: Path, thing) -> None:
+    """`thing.save_pretrained`. Other libraries write files in place and one after the other: so first into a folder of
+    their own."""
     with writing(folder), tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as made:
         try:
-            processor.save_pretrained(made)
+            thing.save_pretrained(made)
         except Exception as error:
             if type(error) is not Exception:
                 raise
