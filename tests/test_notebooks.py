@@ -33,8 +33,8 @@ def printed(notebook):
     return [text for cell in cells(notebook, "code") for output in cell.outputs for text in run.texts(output)]
 
 
-def test_there_are_eight_in_order_and_each_leads_to_the_next():
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(1, 9)]
+def test_there_are_nine_in_order_and_each_leads_to_the_next():
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(1, 10)]
     for path, following in itertools.pairwise(NOTEBOOKS):
         assert f"({following.name})" in path.read_text()
         assert f"({path.name})" in following.read_text()

@@ -1,13 +1,23 @@
 """PaLM, and Flamingo-PaLM as flamingo-pytorch's README calls it."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flamingo import FlamingoPaLM
+from flamingo import FlamingoPaLM, InputError
+from flamingo.config import TrainingOptions
+from flamingo.files import resolve
+from flamingo.interop.backbones import build_flamingo
 from flamingo.interop.flamingo_pytorch import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo.model.palm import PaLMConfig, PaLMForCausalLM
+from flamingo.presets import model_config
+from flamingo.run_folder import new
+from flamingo.training.checkpoint import load_model
+from flamingo.training.command_line import parse_training_options
+from flamingo.training.text import TOKENIZER, rows_of, train_on_text
 
 
 def close(a, b):
@@ -227,35 +237,38 @@ def test_without_an_encoder_images_are_refused():
 
 # ------------------------------------------------------------------------------------------------ trained by train.py
 def test_a_palm_is_trained_on_a_text_file_and_becomes_a_flamingo(tmp_path):
-    from test_commands import one_sentence, run
-
-    from flamingo.interop.backbones import build_flamingo
-    from flamingo.presets import model_config
-    from flamingo.training.command_line import parse_training_options
-
     book, out = tmp_path / "book.txt", tmp_path / "palm"
     book.write_text("the cat sat on the mat and the dog lay on the rug\n" * 120)
-    short = ("--preset", "palm-text", "--batch-size", "4", "--max-tokens", "16", "--device", "cpu", "--data", book)
-    result = run("train.py", *short, "--steps", "6", "--warmup-steps", "1", "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert "validation loss" in result.stdout
+    given = ["--preset", "palm-text", "--batch-size", "4", "--max-tokens", "16", "--device", "cpu", "--data", str(book)]
+    options = parse_training_options([*given, "--steps", "6", "--warmup-steps", "1", "--eval-every", "3"])
+    with new(out):
+        train_on_text(options, out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["val_loss"] < lines[2]["val_loss"] and len(lines) == 6
+    assert json.loads((out / "summary.json").read_text())["steps"] == 6
     built = build_flamingo(model_config(parse_training_options(["--lm", str(out)])))
     assert type(built.model.lang_encoder).__name__ == "FlamingoPaLMForCausalLM" and len(built.model.gates()) == 4
-    one_sentence(run("train.py", *short, "--out", out), "not empty")
-    one_sentence(run("evaluate.py", out), "describes a 'palm', not a flamingo")
-    one_sentence(run("train.py", "--preset", "palm-text", "--set", "fusion.heads=2"), "belongs to pictures")
-    one_sentence(run("train.py", *short[:-1], tmp_path / "none.txt"), "cannot be read as a text file")
-    book.write_text("short")
-    one_sentence(run("train.py", *short), "is too short")
+    with pytest.raises(InputError, match="describes a 'palm', not a flamingo"):
+        load_model(out)
+    with pytest.raises(InputError, match="finished"):
+        parse_training_options(["--resume", str(out)])
+
+
+@pytest.mark.parametrize("text, options, message", [
+    ("short", [], "is too short"),
+    (None, [], "cannot be read as a text file"),
+    ("a text", ["--set", "fusion.heads=2"], "--set belongs to pictures"),
+    ("a text", ["--plain"], "--plain belongs to pictures"),
+])  # fmt: skip
+def test_mistakes_in_a_text_run(tmp_path, text, options, message):
+    book = tmp_path / "book.txt"
+    if text:
+        book.write_text(text)
+    with pytest.raises(InputError, match=message):
+        train_on_text(parse_training_options(["--preset", "palm-text", "--data", str(book), *options]), tmp_path)
 
 
 def test_rows_of_documents_are_full_and_a_function_of_the_seed():
-    from transformers import AutoTokenizer
-
-    from flamingo.config import TrainingOptions
-    from flamingo.files import resolve
-    from flamingo.training.text import TOKENIZER, rows_of
-
     tokenizer = AutoTokenizer.from_pretrained(resolve(TOKENIZER))
     options = TrainingOptions(preset="palm-text", batch_size=3, max_tokens=40, seed=5)
     (train, held_out), (again, _) = rows_of(options, tokenizer), rows_of(options, tokenizer)

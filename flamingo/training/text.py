@@ -48,7 +48,8 @@ def train_on_text(options: TrainingOptions, folder: Path) -> None:
     began = time.time()
     for name in OF_PICTURES:
         if getattr(options, name):
-            raise InputError(f"--{name.replace('_', '-')} belongs to pictures, and {options.preset} is trained on text")
+            flag = "set" if name == "overrides" else name.replace("_", "-")
+            raise InputError(f"--{flag} belongs to pictures, and {options.preset} is trained on text")
     torch.manual_seed(options.seed)
     place = device.pick_device(options.device)
     device.tune(place)

@@ -1,0 +1,189 @@
+"""Flamingo, Kosmos, BLIP and LLaVA on one classroom: what each has learned, and what each costs.
+
+    python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER] [-- …]
+
+All are trained by `python train.py` (… are further options of it) on the same scenes in the same order, and take the
+same exam (evaluate.py). Beside that, of a fresh model: how the time of reading a text grows with its pictures, and what
+has to be kept of them for each further token. A run folder that is whole is not trained again, and an exam that was
+taken is not taken again.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import common
+from flamingo.config import TrainingOptions
+from flamingo.errors import InputError
+from flamingo.fast.enable import enable
+from flamingo.figures.run_figures import plt
+from flamingo.files import read_json
+from flamingo.interop import compat
+from flamingo.interop.backbones import Built, build_flamingo
+from flamingo.presets import model_config
+from flamingo.run_folder import SUMMARY
+from flamingo.training.loop import count_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classroom-blip", "llava": "classroom-llava"}
+COLORS = {"flamingo": "#1b7f79", "kosmos": "#d1495b", "blip": "#edae49", "llava": "#30638e"}
+PICTURES = [1, 2, 4, 8, 16, 32]  # of one text
+TEXTS, WORDS = 4, 2  # texts in a call, and words behind each picture
+
+
+# ---------------------------------------------------------------------------------------------- trained and examined
+def run_one(name: str, seed: int, folder: Path, options: list[str], exam: list[str]) -> dict:
+    """Train and examine one architecture with one seed, as a user would → its figures. Raises InputError if a command
+    fails."""
+    if not (folder / SUMMARY).exists():
+        _command("train.py", "--preset", PRESETS[name], "--seed", str(seed), "--out", str(folder), *options)
+    if not (folder / "evaluation.json").exists():
+        _command("evaluate.py", str(folder), "--shots", "0", "4", *exam)
+    summary, scores = read_json(folder / SUMMARY), read_json(folder / "evaluation.json")
+    return {
+        "seed": seed,
+        "exact_match": scores["exact_match"],
+        "three_things": scores["by_objects"].get("3", {}).get("exact_match"),
+        "novel": scores["exact_match_novel"],
+        "binding": scores["fast_binding"]["accuracy"],
+        "binding_five_way": scores["fast_binding"]["five_way"]["accuracy"],
+        "shots": {k: row["exact_match"] for k, row in scores["shots"].items()},
+        "seconds": summary["seconds"],
+        "captions_seen": summary["captions_seen"],
+        "captions_per_second": summary["captions_per_second"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+    }
+
+
+def _command(script: str, *arguments: str) -> None:
+    if subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
+        raise InputError(f"{script} {' '.join(arguments)} did not finish (see above)")
+
+
+# -------------------------------------------------------------------------------------- what pictures in a text cost
+@torch.no_grad()
+def growth(built: Built, pictures: list[int], rounds: int, device: torch.device) -> list[dict]:
+    """For each number of pictures in a text {pictures, seconds, kept_bytes}: to read TEXTS texts, and keys and values
+    that the next token needs. seconds is None where the text has more places than the language model has positions."""
+    model = built.model.to(device).eval()
+    enable(model, ("grouped",))
+    tokenizer, result = model.vision_tokenizer, []
+    for count in pictures:
+        bank = torch.randn(TEXTS * count, tokenizer.num_latents, tokenizer.dim, device=device)
+        index = torch.arange(TEXTS * count, device=device).view(TEXTS, count)
+        ids = torch.tensor([[model.media_token_id, *range(10, 10 + WORDS)] * count] * TEXTS, device=device)
+        shown = {"latents": bank, "image_index": index, "use_cache": True}
+        try:
+            kept = kept_bytes(model, model(ids, **shown))
+        except ValueError:  # too long
+            result.append({"pictures": count, "seconds": None, "kept_bytes": None})
+            continue
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            model(ids, **shown)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        result.append({"pictures": count, "seconds": statistics.median(times), "kept_bytes": kept})
+    return result
+
+
+def kept_bytes(model, output) -> int:
+    """Of the language model's cache, and of the pictures' keys and values in cross-attention (two matrices of h·c for
+    each latent; each picture once, whoever looks)."""
+    cache = sum(t.nbytes for layer in compat.cache_of(output).layers for t in (layer.keys, layer.values))
+    blocks, texts = model.cross_attention_blocks(), len(output.logits)
+    latents = 0
+    for block in blocks:
+        pictures = output.logits.shape[1] // (WORDS + 1)
+        latents += texts * pictures * model.vision_tokenizer.num_latents * block.attn.to_kv.out_features * 4
+    return cache + latents
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+def mean_of(runs: list[dict], what: str) -> float:
+    values = [held[what] for held in runs if held[what] is not None]
+    return statistics.mean(values) if values else float("nan")
+
+
+def show(result: dict) -> None:
+    """A line for each architecture: means over the seeds."""
+    head = ["", "exact match", "three things", "novel", "binding", "five-way", "0 shots", "4 shots", "trained",
+            "seconds", "captions/s"]  # fmt: skip
+    rows = []
+    for name, held in result.items():
+        runs = held["seeds"]
+        scores = ("exact_match", "three_things", "novel", "binding", "binding_five_way")
+        shots = [statistics.mean(run["shots"][k] for run in runs) for k in ("0", "4") if k in runs[0]["shots"]]
+        costs = [f"{held['trained']:,}", mean_of(runs, "seconds"), mean_of(runs, "captions_per_second")]
+        rows.append([name, *(mean_of(runs, what) for what in scores), *shots, *["-"] * (2 - len(shots)), *costs])
+    common.print_table(head, rows)
+    rows = [[name, *((point["seconds"] and 1000 * point["seconds"]) or "too long" for point in held["growth"])]
+            for name, held in result.items()]  # fmt: skip
+    print("\nms to read 4 texts with so many pictures each")
+    common.print_table(["", *(point["pictures"] for point in next(iter(result.values()))["growth"])], rows)
+
+
+def draw(result: dict, path: Path) -> None:
+    """What each has learned (a dot for each seed), and how time and cache grow with pictures."""
+    figure, (scores, seconds, kept) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    found = result["architectures"]
+    whats = {"exact_match": "all", "three_things": "three things", "novel": "novel", "binding": "binding"}
+    width = 0.8 / len(found)
+    for i, (name, held) in enumerate(found.items()):
+        for x, what in enumerate(whats):
+            at = x + (i - (len(found) - 1) / 2) * width
+            scores.bar(at, mean_of(held["seeds"], what), width, color=COLORS[name], label=name if x == 0 else None)
+            dots = [run[what] for run in held["seeds"] if run[what] is not None]
+            scores.plot([at] * len(dots), dots, "o", color="black", ms=2)
+        points = [point for point in held["growth"] if point["seconds"] is not None]
+        x = [point["pictures"] for point in points]
+        seconds.plot(x, [1000 * point["seconds"] for point in points], "o-", color=COLORS[name], label=name)
+        kept.plot(x, [point["kept_bytes"] / 2**20 for point in points], "o-", color=COLORS[name], label=name)
+    scores.set_xticks(range(len(whats)), whats.values())
+    scores.set(ylim=(0, 1.03), title="exact match, and fast binding")
+    scores.legend(frameon=False, fontsize=8, ncols=2)
+    for axes, title in ((seconds, "ms to read 4 texts"), (kept, "MiB kept for the next token")):
+        axes.set(xlabel="pictures of a text", title=title, xscale="log")
+        axes.set_xticks(PICTURES, PICTURES)
+        axes.minorticks_off()
+    for axes in (scores, seconds, kept):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, facecolor="white", format="png")
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+
+    def add(parser) -> None:
+        parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … (default: %(default)s)")
+        parser.add_argument("--only", nargs="+", choices=tuple(PRESETS), default=list(PRESETS),
+                            help="architectures (default: all)")  # fmt: skip
+        parser.add_argument("--n", type=int, default=1000, help="test scenes (default: %(default)s)")
+        parser.add_argument("--out", type=Path, default=Path("runs/architectures"),
+                            help="run folders (default: %(default)s)")  # fmt: skip
+
+    args = common.parse("architectures", __doc__.splitlines()[0], own, add)
+    exam, pictures = ["--n", str(args.n)], PICTURES
+    if args.quick:
+        options = [*options, "--steps", "2", "--batch-size", "4", "--eval-batches", "1"]
+        exam, pictures = ["--n", "4", "--queries", "4", "--trials", "1"], PICTURES[:2]
+    result = {}
+    for name in args.only:
+        runs = [run_one(name, seed, args.out / f"{name}-{seed}", options, exam) for seed in range(args.seeds)]
+        built = build_flamingo(model_config(TrainingOptions(preset=PRESETS[name])))
+        trained, frozen = count_parameters(built.model)
+        grown = growth(built, pictures, args.rounds, args.device)
+        result[name] = {"trained": trained, "frozen": frozen, "growth": grown, "seeds": runs}
+    show(result)
+    common.finish(args, {"n": args.n, "options": options, "architectures": result}, draw)
+
+
+if __name__ == "__main__":
+    common.command("architectures", main, sys.argv[1:])
