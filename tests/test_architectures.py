@@ -8,6 +8,8 @@ from conftest import EOC, IMAGE, PAD, TinyEncoder, assemble, open_the_gates, tin
 from flamingo.config import TrainingOptions, from_flat, to_flat
 from flamingo.errors import InputError
 from flamingo.fast.enable import enable
+from flamingo.fast.inference import prepare_to_generate
+from flamingo.fast.precision import autocast
 from flamingo.interop.selfcheck import check_decoding
 from flamingo.model.build import VLM, VLMWithCrossAttention, VLMWithLanguageStream, build_from_parts
 from flamingo.model.cross_attention import Images
@@ -261,6 +263,18 @@ def test_fast_has_the_same_loss_and_gradients(names, texts, pictures):
     for (name, p), q in zip(plain.named_parameters(), quick.parameters(), strict=True):
         if p.grad is not None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prepared_to_generate_it_says_the_same(model, texts, pictures, dtype):
+    options = {"pixel_values": pictures, "max_new_tokens": 4, "eos_token_id": None}
+    expected = model.generate(texts, **options)
+    prepare_to_generate(model, dtype)
+    with autocast(torch.device("cpu"), dtype):
+        said = model.generate(texts, **options)
+        assert check_decoding(model) < 0.05
+    if dtype == "float32":
+        assert torch.equal(said, expected)
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "training"])

@@ -14,6 +14,7 @@ from flamingo.fast.enable import enable
 from flamingo.fast.onednn import pack_matrices
 from flamingo.fast.precision import cast_frozen_to_bf16
 from flamingo.interop import compat
+from flamingo.model.linear import LinearProjection
 from flamingo.model.vlm import VisionLanguageModel
 
 
@@ -27,5 +28,6 @@ def prepare_to_generate(model: VisionLanguageModel, dtype: str) -> None:
     enable(model, ("grouped", "few_at_once"))
     if dtype == "bfloat16":
         cast_frozen_to_bf16(model, trained=True)
-    pack_matrices(model.vision_tokenizer)
+    if not isinstance(model.vision_tokenizer, LinearProjection):  # whose device and dtype its one matrix tells
+        pack_matrices(model.vision_tokenizer)
     pack_matrices(model.lang_encoder, keep_rows=True)
