@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from flamingo import FlamingoPaLM, InputError
 from flamingo.config import TrainingOptions
-from flamingo.files import resolve
-from flamingo.interop.backbones import build_flamingo
+from flamingo.interop.backbones import build_flamingo, load_tokenizer
 from flamingo.interop.flamingo_pytorch import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo.model.palm import PaLMConfig, PaLMForCausalLM
 from flamingo.presets import model_config
@@ -259,6 +258,7 @@ def test_a_palm_is_trained_on_a_text_file_and_becomes_a_flamingo(tmp_path):
     (None, [], "cannot be read as a text file"),
     ("a text", ["--set", "fusion.heads=2"], "--set belongs to pictures"),
     ("a text", ["--plain"], "--plain belongs to pictures"),
+    ("a text", ["--lm", "./nothing"], "cannot load the tokenizer of ./nothing: there is no folder"),
 ])  # fmt: skip
 def test_mistakes_in_a_text_run(tmp_path, text, options, message):
     book = tmp_path / "book.txt"
@@ -269,7 +269,7 @@ def test_mistakes_in_a_text_run(tmp_path, text, options, message):
 
 
 def test_rows_of_documents_are_full_and_a_function_of_the_seed():
-    tokenizer = AutoTokenizer.from_pretrained(resolve(TOKENIZER))
+    tokenizer = load_tokenizer(TOKENIZER)
     options = TrainingOptions(preset="palm-text", batch_size=3, max_tokens=40, seed=5)
     (train, held_out), (again, _) = rows_of(options, tokenizer), rows_of(options, tokenizer)
     batch = next(train)

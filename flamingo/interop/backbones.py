@@ -170,6 +170,17 @@ def load_language_model(name: str, quantization=None):
     return lm, tokenizer
 
 
+def load_tokenizer(name: str):
+    """The tokenizer of a language model, alone. Raises InputError when it cannot be loaded or is empty."""
+    from transformers import AutoTokenizer
+
+    folder_or_id = os.path.expanduser(resolve(name))
+    with _loading(f"the tokenizer of {name}", folder_or_id):
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, trust_remote_code=False)
+        _knows_words(tokenizer)
+    return tokenizer
+
+
 def _knows_words(tokenizer) -> None:
     """Raises InputError for the empty tokenizer that transformers makes where a folder has none."""
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):

@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flamingo.classroom.documents import document
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
 from flamingo.fast import device
 from flamingo.fast.precision import autocast
-from flamingo.files import resolve, write_json, writing
+from flamingo.files import write_json, writing
+from flamingo.interop.backbones import load_tokenizer
 from flamingo.model.palm import PaLMConfig, PaLMForCausalLM
 from flamingo.presets import PRESETS
 from flamingo.run_folder import METRICS, SUMMARY
@@ -53,7 +54,7 @@ def train_on_text(options: TrainingOptions, folder: Path) -> None:
     torch.manual_seed(options.seed)
     place = device.pick_device(options.device)
     device.tune(place)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(options.lm or TOKENIZER))
+    tokenizer = load_tokenizer(options.lm or TOKENIZER)
     train, held_out = rows_of(options, tokenizer)
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model = PaLMForCausalLM(PaLMConfig(vocab_size=len(tokenizer), **special, **PRESETS[options.preset]["palm"]))
