@@ -26,7 +26,7 @@ def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torc
         decays = parameter.ndim >= 2 and not any(part in name for part in ("additional", "latents", "_embs", "query_"))
         if name.endswith("_gate"):
             gates.append(parameter)
-        elif id(parameter) in own:
+        elif id(parameter) in own or "lora_" in name:
             (matrices if decays else rest).append(parameter)
         else:
             (lm_matrices if decays and id(parameter) not in tables else lm_rest).append(parameter)
