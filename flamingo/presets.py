@@ -43,10 +43,10 @@ PRESETS = {
             "language.name": "smollm2-135m", "vision.name": "efficientnet-lite2",
             "tokenizer.depth": 1, "tokenizer.num_latents": 16, "tokenizer.ff_mult": 1, "tokenizer.init_gain": 5.0,
             "tokenizer.query_gain": 3.0, "tokenizer.latents_std": 0.5, "tokenizer.standardize": True,
-            "fusion.every": 4, "fusion.placement": "far", "fusion.ff_mult": 2,
+            "fusion.every": 3, "fusion.ff_mult": 2,
         },
         "training": {
-            "steps": 160, "batch_size": 8, "lr": 1e-3, "gate_lr": 0.005, "gate_opening": 0.5, "weight_decay": 0.1,
+            "steps": 240, "batch_size": 8, "lr": 1e-3, "gate_lr": 0.02, "weight_decay": 0.1,
             "warmup_steps": 20, "max_tokens": 64, "eval_every": 40, "save_every": 40, "patience": 2, "patches": 0.7,
         },
     },

@@ -119,7 +119,7 @@ def drawn_set(folder, count=8):
 def test_a_run_of_the_preset_learns_keeps_its_backbones_and_is_found_again(built, tmp_path):
     data = drawn_set(tmp_path / "set")
     words = ["--preset", "photos", "--data", data, "--out", tmp_path / "run", "--cache", tmp_path / "cache",
-             "--steps", "6", "--warmup-steps", "2", "--eval-every", "3", "--batch-size", "4", "--device", "cpu",
+             "--steps", "6", "--warmup-steps", "2", "--eval-every", "6", "--batch-size", "4", "--device", "cpu",
              "--dtype", "float32", "--set", "fusion.every=10"]  # fmt: skip
     in_run_folder(train.main, parse_training_options(list(map(str, words))))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
