@@ -38,16 +38,14 @@ PRESETS = {
             "eval_batches": 4,
         },
     },
-    "photos": {
+    "photos": {  # not good yet: assets/photos/EXPERIMENTS.md
         "model": {
             "language.name": "smollm2-135m", "vision.name": "efficientnet-lite2",
-            "tokenizer.depth": 1, "tokenizer.num_latents": 16, "tokenizer.ff_mult": 1, "tokenizer.init_gain": 5.0,
-            "tokenizer.query_gain": 3.0, "tokenizer.latents_std": 0.5, "tokenizer.standardize": True,
-            "fusion.every": 3, "fusion.ff_mult": 2,
+            "tokenizer.depth": 2, "tokenizer.num_latents": 32, "fusion.every": 3,
         },
         "training": {
-            "steps": 240, "batch_size": 8, "lr": 1e-3, "gate_lr": 0.02, "weight_decay": 0.1,
-            "warmup_steps": 20, "max_tokens": 64, "eval_every": 40, "save_every": 40, "patience": 2, "patches": 0.7,
+            "steps": 130, "batch_size": 16, "lr": 5e-4, "gate_lr": 0.02, "warmup_steps": 20, "max_tokens": 64,
+            "eval_every": 26, "save_every": 26, "patience": 2,
         },
     },
     "opt-125m": {
