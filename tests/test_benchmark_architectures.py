@@ -37,5 +37,6 @@ def test_a_picture_makes_a_stream_longer_and_a_text_that_is_too_long_is_left_out
     )
     cache = lambda tokens: architectures.TEXTS * tokens * 192 * 4 * 2 * 4  # noqa: E731 (4 layers, keys and values)
     assert within[0]["kept_bytes"] == cache(3 + 16)
-    assert beside[0]["kept_bytes"] == cache(3) + architectures.TEXTS * 4 * 16 * 2 * 192 * 4
+    looks = 2  # cross-attentions; each keeps keys and values of 16 latents
+    assert beside[0]["kept_bytes"] == cache(3) + architectures.TEXTS * looks * 16 * 2 * 192 * 4
     assert within[1]["seconds"] is None and beside[1]["seconds"] > 0

@@ -64,7 +64,7 @@ def refused(capsys):
 # ------------------------------------------------------------------------------------------------- options of train.py
 NUMBERS = ["seed", "steps", "batch_size", "accumulate", "lr", "gate_lr", "weight_decay", "warmup_steps", "clip_norm",
            "max_tokens", "eval_every", "save_every", "eval_batches", "workers", "gate_opening",
-           "captions_per_picture", "skip_bad_steps"]  # fmt: skip
+           "captions_per_picture", "skip_bad_steps", "patience", "patches", "lm_lr"]  # fmt: skip
 WHOLE = [name for name in NUMBERS if TrainingOptions.__dataclass_fields__[name].type is int]
 BAD_TRAINING = (
     [[f"--{name.replace('_', '-')}={value}"] for name in NUMBERS for value in ("-1", "1e400", "nan", "", "many")]
@@ -72,7 +72,7 @@ BAD_TRAINING = (
     + [[f"--{name.replace('_', '-')}={value}"] for name in ("lr", "gate_lr", "clip_norm", "weight_decay")
        for value in ("inf", "-inf", "1e300")]
     + [[f"--{name.replace('_', '-')}", "0"] for name in NUMBERS
-       if name not in ("seed", "weight_decay", "warmup_steps", "workers", "gate_opening", "skip_bad_steps")]
+       if name not in ("seed", "weight_decay", "warmup_steps", "workers", "gate_opening", "skip_bad_steps", "patience")]
     + [[f"--{name}", value] for name in ("out", "cache", "data", "lm", "clip-model-type", "device", "dtype", "preset",
                                          "image-column", "caption-columns") for value in ("", "  ")]
     + [["--seed", str(2**64)], ["--steps", str(10**12)], ["--batch-size", "9999999", "--steps", "999999999"]]
@@ -194,7 +194,7 @@ def test_mutated_configs(tmp_path):
     file = tmp_path / "config.json"
 
     def sound(config: ModelConfig) -> None:
-        assert from_flat(to_flat(config)) == config
+        assert to_flat(from_flat(to_flat(config))) == to_flat(config)
         for path, value in paths(config).items():
             assert value == value and not isinstance(value, (list, dict)), path
 

@@ -161,9 +161,10 @@ def test_nothing_else_names_other_libraries_insides():
         for file in files
         if file.name != "compat.py" and names.search(file.read_text())
     }
-    # Its own public signature takes the old name, as users write it.
-    assert set(found) <= {str(Path("flamingo/interop/huggingface.py"))}, found
-    assert set(found.get(str(Path("flamingo/interop/huggingface.py")), [])) <= {"past_key_values"}
+    # These two are models of transformers themselves: their own public signatures have the name, as users write it.
+    signatures = {str(Path(name)) for name in ("flamingo/interop/huggingface.py", "flamingo/model/palm.py")}
+    assert set(found) <= signatures, found
+    assert {name for names in found.values() for name in names} <= {"past_key_values"}
 
 
 def test_the_image_token_of_the_check_is_seen(model, pictures):

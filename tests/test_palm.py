@@ -246,7 +246,7 @@ def test_a_palm_is_trained_on_a_text_file_and_becomes_a_flamingo(tmp_path):
     assert lines[-1]["val_loss"] < lines[2]["val_loss"] and len(lines) == 6
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
     built = build_flamingo(model_config(parse_training_options(["--lm", str(out)])))
-    assert type(built.model.lang_encoder).__name__ == "FlamingoPaLMForCausalLM" and len(built.model.gates()) == 4
+    assert type(built.model.lang_encoder).__name__ == "FlamingoPaLMForCausalLM" and len(built.model.gates()) == 2
     with pytest.raises(InputError, match="describes a 'palm', not a flamingo"):
         load_model(out)
     with pytest.raises(InputError, match="finished"):

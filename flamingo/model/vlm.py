@@ -243,7 +243,7 @@ class VisionLanguageModel(TextGeneration, nn.Module):
 
     def predict(self, text: Text, **lm_options):
         output = self.lang_encoder(**text.inputs(), **lm_options)
-        output.logits = text.at_tokens(output.logits)
+        output["logits"] = text.at_tokens(output.logits)
         if text.labels is not None:
             output.loss = next_token_loss(output.logits, text.labels)
         return output
