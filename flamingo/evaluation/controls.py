@@ -42,10 +42,10 @@ def controls_of(test_set: EvaluationSet) -> tuple[str, ...]:
 
 def answer_all(
     predictor: Predictor, parts: Parts, test_set: EvaluationSet, rows: list[int], novel_rows: list[int],
-    support_rows: list[int], seed: int,
+    seed: int, support_rows: Sequence[int] = (),
 ) -> dict[str, list[str]]:  # fmt: skip
-    """{"own", "novel", and each control: its captions}. rows, …: the pictures' places in the bank (support_rows: on a
-    captioned set)."""
+    """{"own", "novel", and each control: its captions}. rows, …: the pictures' places in the bank (support_rows: needed
+    of a captioned set)."""
     items = test_set.items
     others = rows[1:] + rows[:1]
 

@@ -163,7 +163,7 @@ def run_plan(todo: Plan, predictor: Predictor, parts: Parts) -> dict:
         return value
 
     predictions = timed("captions and controls", lambda: controls.answer_all(
-        predictor, parts, test_set, todo.rows, todo.novel_rows, todo.support_rows, todo.seed))  # fmt: skip
+        predictor, parts, test_set, todo.rows, todo.novel_rows, todo.seed, todo.support_rows))  # fmt: skip
     result = timed("scores", lambda: controls.score_with_controls(test_set, predictions, todo.seed))
     result |= timed("few-shot", lambda: few_shot_results(todo, predictions, predictor, parts))
     result |= timed(
