@@ -133,4 +133,4 @@ def test_a_run_of_the_preset_learns_keeps_its_backbones_and_is_found_again(built
     last = "lang_encoder.model.layers.28.mlp.down_proj.weight"  # a layer without cross-attention in both
     assert dict(model.named_parameters())[last].equal(fresh[last])
     assert "lm_head.weight" not in load_file(tmp_path / "run" / "model.safetensors")
-    assert compat.max_positions(model.lang_encoder) == 8192
+    assert compat.max_positions(model.lang_encoder.config) == 8192

@@ -55,7 +55,7 @@ def training_figure(
     colors = plt.get_cmap("viridis")([i / max(1, layers - 1) * 0.9 for i in range(layers)])
     for layer in range(layers):
         x = [entry["step"] for entry in gates]
-        label = f"layer {layer}" if layers <= 6 or layer % 3 == 0 else None
+        label = f"look {layer + 1}" if layers <= 6 or layer % 3 == 0 else None
         right.plot(x, [entry["attn"][layer] for entry in gates], color=colors[layer], label=label)
         right.plot(x, [entry["ff"][layer] for entry in gates], color=colors[layer], ls=":")
     if layers:
