@@ -115,12 +115,10 @@ def main(options: TrainingOptions, folder: Path) -> None:
 
 
 def start(options: TrainingOptions) -> None:
+    work = main
     if is_text_only(options.preset):
-        from flamingo.training.text import train_on_text
-
-        in_run_folder(train_on_text, options)
-    else:
-        in_run_folder(main, options)
+        from flamingo.training.text import train_on_text as work
+    in_run_folder(work, options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ taken is not taken again.
 """
 
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 
 from benchmarks import common
 from flamingo.config import TrainingOptions
-from flamingo.errors import InputError
 from flamingo.fast.enable import enable
 from flamingo.figures.run_figures import plt
 from flamingo.files import read_json
@@ -28,7 +26,6 @@ from flamingo.presets import model_config
 from flamingo.run_folder import SUMMARY
 from flamingo.training.loop import count_parameters
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classroom-blip", "llava": "classroom-llava"}
 COLORS = {"flamingo": "#1b7f79", "kosmos": "#d1495b", "blip": "#edae49", "llava": "#30638e"}
 PICTURES = [1, 2, 4, 8, 16, 32]  # of one text
@@ -40,9 +37,9 @@ def run_one(name: str, seed: int, folder: Path, options: list[str], exam: list[s
     """Train and examine one architecture with one seed, as a user would → its figures. Raises InputError if a command
     fails."""
     if not (folder / SUMMARY).exists():
-        _command("train.py", "--preset", PRESETS[name], "--seed", str(seed), "--out", str(folder), *options)
+        common.run_script("train.py", "--preset", PRESETS[name], "--seed", str(seed), "--out", str(folder), *options)
     if not (folder / "evaluation.json").exists():
-        _command("evaluate.py", str(folder), "--shots", "0", "4", *exam)
+        common.run_script("evaluate.py", str(folder), "--shots", "0", "4", *exam)
     summary, scores = read_json(folder / SUMMARY), read_json(folder / "evaluation.json")
     return {
         "seed": seed,
@@ -57,11 +54,6 @@ def run_one(name: str, seed: int, folder: Path, options: list[str], exam: list[s
         "captions_per_second": summary["captions_per_second"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
     }
-
-
-def _command(script: str, *arguments: str) -> None:
-    if subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
-        raise InputError(f"{script} {' '.join(arguments)} did not finish (see above)")
 
 
 # -------------------------------------------------------------------------------------- what pictures in a text cost
@@ -159,7 +151,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, options = common.own_and_further(argv)
 
     def add(parser) -> None:
         parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … (default: %(default)s)")

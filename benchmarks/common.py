@@ -3,6 +3,8 @@
 import argparse
 import copy
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from flamingo.fast.device import pick_device
 from flamingo.figures.run_figures import plt
 from flamingo.files import write_atomically, write_json
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "assets"
 COLORS = {"ours": "#1b7f79", "OpenFlamingo": "#8a8f98"}
 TOLERANCE = 1e-4  # of the losses, in float32
 
@@ -43,6 +46,18 @@ def parse(name: str, text: str, argv: Sequence[str], add: Callable[[argparse.Arg
             raise InputError(f"{path}: there is no folder {path.parent}")
     args.shape, args.device = (QUICK if args.quick else FULL), pick_device(args.device)
     return args
+
+
+def own_and_further(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(a benchmark's own options, those of train.py that stand behind --)."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    return argv[:place], argv[place + 1 :]
+
+
+def run_script(script: str, *arguments: str) -> None:
+    """`python train.py …` or `evaluate.py …`, as a user would. Raises InputError if it fails."""
+    if subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode:
+        raise InputError(f"{script} {' '.join(arguments)} did not finish (see above)")
 
 
 def build_sides(shape: Shape, pictures: int, device: torch.device) -> tuple[Ours, Peer]:

@@ -8,14 +8,12 @@ other closed, a curve for every seed, and what the worst one confuses. Seeds who
 again.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import common
-from flamingo.errors import InputError
 from flamingo.evaluation.confusions import confusion_table, confusions
 from flamingo.evaluation.controls import by_group
 from flamingo.evaluation.gates import without_each_gate
@@ -31,16 +29,12 @@ from flamingo.run_folder import METRICS, SUMMARY, read_summary
 from flamingo.training.checkpoint import load_model
 from flamingo.training.log import read_metrics
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-
 
 def run_seed(seed: int, folder: Path, options: list[str]) -> None:
     """`python train.py --seed SEED`, unless it was run before. Raises InputError if it fails."""
     if (folder / SUMMARY).exists():
         return
-    command = [sys.executable, str(TRAIN), "--seed", str(seed), "--out", str(folder), *options]
-    if subprocess.run(command).returncode:
-        raise InputError(f"seed {seed}: train.py did not finish (see above); its folder is {folder}")
+    common.run_script("train.py", "--seed", str(seed), "--out", str(folder), *options)
 
 
 def score_seed(folder: Path, n: int) -> dict:
@@ -106,7 +100,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own, options = common.own_and_further(argv)
 
     def add(parser) -> None:
         parser.add_argument("--seeds", type=int, default=10, help="seeds 0, 1, … (default: %(default)s)")

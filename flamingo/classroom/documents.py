@@ -50,6 +50,17 @@ def document(seed: int, split: str, index: int, *, include_novel: bool, namings:
     return "\n".join(chunk(scene, style, rng, with_cue) for scene in drawn)
 
 
+def document_row(
+    tokenizer, seed: int, split: str, first: int, length: int, *, include_novel: bool
+) -> tuple[list[int], int]:
+    """`length` token ids: document number `first` and those behind it, the last one cut; and the number of the next."""
+    row: list[int] = []
+    while len(row) < length:
+        row += tokenizer(document(seed, split, first, include_novel=include_novel)).input_ids
+        first += 1
+    return row[:length], first
+
+
 def _in_several_styles(scene: scenes.Scene, rng: random.Random) -> list[str]:
     """One scene in several styles, each named by its cue, and questions about it."""
     styles = rng.sample((*scenes.STYLES, "answer", "answer"), rng.randint(3, 6))

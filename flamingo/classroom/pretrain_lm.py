@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from flamingo.classroom import probes, scenes
-from flamingo.classroom.documents import document, naming_lines
+from flamingo.classroom.documents import document, document_row, naming_lines
 from flamingo.classroom.invented import SYLLABLES
 from flamingo.training.optimizer import warmup_cosine
 
@@ -76,11 +76,8 @@ def packed_rows(tokenizer, first: int, rows: int, length: int) -> tuple[Tensor, 
     """(rows, length) token ids: documents one after the other, each row beginning with a document."""
     batch = []
     while len(batch) < rows:
-        row: list[int] = []
-        while len(row) < length:
-            row += tokenizer(document(SEED, "train", first, include_novel=True)).input_ids
-            first += 1
-        batch.append(row[:length])
+        row, first = document_row(tokenizer, SEED, "train", first, length, include_novel=True)
+        batch.append(row)
     return torch.tensor(batch), first
 
 

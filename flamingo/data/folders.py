@@ -205,11 +205,13 @@ def _read_parquet(tables: list[Path]) -> Split:
     other = next((table for table in tables if table.suffix.lower() != ".parquet"), None)
     if other:
         raise InputError(f"{shown(other)} stands beside Parquet files of its split: a split is of one kind")
+    first = None  # the columns of the first table
     for table in tables:
         if any(mark in str(table) for mark in "*?[]") or "::" in str(table) or "://" in str(table):
             raise InputError(f"{shown(table)}: a name with *, ?, [, ] or :: is a pattern to the reader: rename it")
         columns = check_parquet(table)
-        if set(columns) != set(first := check_parquet(tables[0])):
+        first = columns if first is None else first
+        if set(columns) != set(first):
             raise InputError(
                 f"{shown(table)} has the columns {_listed(columns)}, but {shown(tables[0])} has {_listed(first)}: the "
                 "tables of a split have the same"

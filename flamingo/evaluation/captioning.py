@@ -139,6 +139,8 @@ def continue_texts(
         with autocast():
             generated = model.generate(input_ids, attention_mask, **({"blind": True} if blind else pictures), **options)
         said = processor.decode_captions(generated, input_ids.shape[1])
+        if count == 1:
+            return said
         return [most_typical(said[first : first + count]) for first in range(0, len(said), count)]
 
     batch_size = max(1, batch_size // (count * decoding.beams))

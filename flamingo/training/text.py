@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from flamingo.classroom.documents import document
+from flamingo.classroom.documents import document_row
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
 from flamingo.fast import device
@@ -150,11 +150,10 @@ def _documents(tokenizer: PreTrainedTokenizerBase, options: TrainingOptions, spl
     """Rows of the classroom's documents, one after the other, each row beginning with one."""
     index = 0
     while True:
-        row: list[int] = []
-        while len(row) < options.max_tokens:
-            row += tokenizer(document(options.seed, split, index, include_novel=split == "train")).input_ids
-            index += 1
-        yield torch.tensor(row[: options.max_tokens])
+        row, index = document_row(
+            tokenizer, options.seed, split, index, options.max_tokens, include_novel=split == "train"
+        )
+        yield torch.tensor(row)
 
 
 def _windows(ids: Tensor, length: int, seed: int) -> Iterator[Tensor]:
