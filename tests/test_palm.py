@@ -256,8 +256,11 @@ def test_a_palm_is_trained_on_a_text_file_and_becomes_a_flamingo(tmp_path):
 @pytest.mark.parametrize("text, options, message", [
     ("short", [], "is too short"),
     (None, [], "cannot be read as a text file"),
-    ("a text", ["--set", "fusion.heads=2"], "--set belongs to pictures"),
-    ("a text", ["--plain"], "--plain belongs to pictures"),
+    ("a text", ["--set", "fusion.heads=2"], "--set does nothing with --preset palm-text"),
+    ("a text", ["--plain"], "--plain does nothing"),
+    ("a text", ["--patience", "2"], "--patience does nothing"),
+    ("a text", ["--gate-lr", "0.1"], "--gate-lr does nothing"),
+    ("a text", ["--skip-bad-steps", "3"], "--skip-bad-steps does nothing"),
     ("a text", ["--lm", "./nothing"], "cannot load the tokenizer of ./nothing: there is no folder"),
 ])  # fmt: skip
 def test_mistakes_in_a_text_run(tmp_path, text, options, message):

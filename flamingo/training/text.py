@@ -36,9 +36,9 @@ from flamingo.training.optimizer import set_learning_rate
 TOKENIZER = "asset:classroom/opt"  # of bytes, so it spells any text; --lm names another model's
 HELD_OUT = 0.05  # of a text file: its end
 VALIDATION_ROWS = 32
-# Options of a picture's model, none of which has a meaning here.
-OF_PICTURES = ("clip_model_type", "overrides", "image_column", "caption_columns", "allow_outside", "plain", "compile",
-               "gradient_checkpointing")  # fmt: skip
+# What this loop reads of TrainingOptions; all else belongs to pictures, or to runs that can be resumed.
+READ = {"preset", "data", "data_place", "out", "lm", "seed", "steps", "batch_size", "accumulate", "lr", "weight_decay",
+        "warmup_steps", "clip_norm", "max_tokens", "eval_every", "device", "dtype"}  # fmt: skip
 
 
 def train_on_text(options: TrainingOptions, folder: Path) -> None:
@@ -47,10 +47,7 @@ def train_on_text(options: TrainingOptions, folder: Path) -> None:
     Raises InputError for an option of pictures, or a text that cannot be read or is too short.
     """
     began = time.time()
-    for name in OF_PICTURES:
-        if getattr(options, name):
-            flag = "set" if name == "overrides" else name.replace("_", "-")
-            raise InputError(f"--{flag} belongs to pictures, and {options.preset} is trained on text")
+    refuse_unread(options)
     torch.manual_seed(options.seed)
     place = device.pick_device(options.device)
     device.tune(place)
@@ -94,6 +91,14 @@ def train_on_text(options: TrainingOptions, folder: Path) -> None:
         "seed": options.seed, "options": dataclasses.asdict(options),
     })  # fmt: skip
     print(f"validation loss {score:.3f} nats a token; a Flamingo of it: python train.py --lm {folder}")
+
+
+def refuse_unread(options: TrainingOptions) -> None:
+    """Raises InputError for an option that was given and would change nothing."""
+    for entry in dataclasses.fields(options):
+        if entry.name not in READ and getattr(options, entry.name) != entry.default:
+            flag = "set" if entry.name == "overrides" else entry.name.replace("_", "-")
+            raise InputError(f"--{flag} does nothing with --preset {options.preset}, which is trained on text")
 
 
 def make_optimizer(model: PaLMForCausalLM, options: TrainingOptions) -> torch.optim.AdamW:
