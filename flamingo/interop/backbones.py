@@ -254,6 +254,7 @@ def build_flamingo(config: ModelConfig, quantization=None, max_tokens: int = 0) 
     tokens = SpecialTokens(processor.media_token_id, processor.eoc_token_id, processor.pad_token_id)
     model = build_from_parts(found, encoder, lm, tokens, encoder.dim)
     model.backbone_samples = _backbone_samples(model)
+    model.built_shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
     return Built(model, processor, found)
 
 

@@ -23,6 +23,7 @@ from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -208,6 +209,18 @@ def check_length(model: nn.Module, tokens: Tensor, read: int) -> None:
 def embedding_scale(embedding: nn.Embedding) -> float:
     """BioGPT and Gemma multiply their token embeddings by this."""
     return getattr(embedding, "embed_scale", 1.0)
+
+
+def arguments_of(lm: nn.Module) -> set[str]:
+    """The names of what `lm.forward` takes: its own, those it hands on to its layers without naming them, and two that
+    other versions' `generate` and Trainer pass to any model."""
+    handed_on = getattr(transformers.utils, "TransformersKwargs", None)
+    own = {
+        name
+        for name, argument in inspect.signature(lm.forward).parameters.items()
+        if argument.kind != argument.VAR_KEYWORD
+    }
+    return own | {*getattr(handed_on, "__annotations__", ()), "cache_position", "num_items_in_batch"}
 
 
 # ------------------------------------------------------------------------------------------ transformers: configs

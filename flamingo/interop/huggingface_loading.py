@@ -20,19 +20,14 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from flamingo.config import FLAT
 from flamingo.errors import InputError
-from flamingo.files import find_folder, write_json
+from flamingo.files import OF_A_HUB, PASSED_ALONG, find_folder, write_json
 from flamingo.interop import compat
 from flamingo.interop.adapters import config_of, settings_of
 from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.training.checkpoint import ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
 
 PREFIX = "flamingo."
-OF_A_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# What auto classes and pipelines pass along, and what has no effect in transformers either.
-WITHOUT_EFFECT = {
-    "trust_remote_code", "low_cpu_mem_usage", "weights_only", "adapter_kwargs", "code_revision", "proxies",
-    "_from_auto", "_from_pipeline", "_commit_hash",
-}  # fmt: skip
+WITHOUT_EFFECT = PASSED_ALONG | {"low_cpu_mem_usage", "weights_only", "adapter_kwargs"}  # in transformers neither
 WITHOUT_EFFECT_IN_SAVING = {"save_function", "save_peft_format", "save_original_format"}
 
 

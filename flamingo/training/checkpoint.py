@@ -55,12 +55,13 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
     backbone that has changed since it was loaded (it was trained and then frozen, or LoRA was merged into it).
 
     tensors: to choose from, in place of the model's own. Raises InputError for a model that was prepared to generate
-    (its own matrices have been rearranged), and for a quantized backbone that has changed: a file of ours holds no
-    quantized matrices.
+    (its own matrices have been rearranged), that has tensors other than its config describes, and for a quantized
+    backbone that has changed: a file of ours holds no quantized matrices.
     """
     own_parts = (model.vision_tokenizer, model.lang_encoder)
     if any(isinstance(module, PackedLinear) for part in own_parts for module in part.modules()):
         raise InputError("the model was prepared to generate and can no longer be saved: save it before")
+    _must_be_as_built(model)
     loaded = getattr(model, "backbone_samples", {})  # a model built from live parts has no named backbones
     tensors = {name: (tensors or {}).get(name, tensor).detach() for name, tensor in model.named_parameters()}
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -79,6 +80,24 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
             "the quantized language model has changed and cannot be saved: change (or merge LoRA into) a whole one"
         )
     return own
+
+
+def _must_be_as_built(model: VisionLanguageModel) -> None:
+    """Raises InputError if tensors have come (other than with an adapter), gone, or changed their shape since the model
+    was built from its config: from which it is built again, before the file is read."""
+    built = getattr(model, "built_shapes", None)
+    if built is None:  # made of live parts: there is no config
+        return
+    tensors = dict(model.named_parameters())
+    plain = {name: name_without_adapter(name) for name in tensors}
+    now = {plain[name]: built.get(plain[name]) if compat.is_repacked(t) else t.shape for name, t in tensors.items()}
+    has_adapter = any(name != other for name, other in plain.items())
+    names = built.keys() if has_adapter else built.keys() | now.keys()
+    if other := sorted(name for name in names if now.get(name) != built.get(name)):
+        raise InputError(
+            f"the model has other tensors than its config describes (such as {other[0]}), and could not be loaded "
+            "again: put its own embeddings and modules back before it is saved"
+        )
 
 
 def _same(old: Tensor, tensor: Tensor) -> bool:
