@@ -248,6 +248,23 @@ def unquantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter
             yield name, parameter
 
 
+def try_quantization(config, dtype: torch.dtype, device: torch.device | None) -> None:
+    """Quantize one small matrix by torchao, so that what it raises for a CPU, a dtype or a missing kernel is heard:
+    transformers only says that a conversion failed. (bitsandbytes speaks for itself.) Raises InputError."""
+    if not isinstance(config, transformers.TorchAoConfig):
+        return
+    from torchao.quantization import quantize_
+
+    try:
+        quantize_(nn.Sequential(nn.Linear(256, 256, bias=False, dtype=dtype, device=device)), config.quant_type)
+    except Exception as error:  # of many kinds, an assertion among them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{with_version('torchao')} cannot do {type(config.quant_type).__name__} here ({reason}): on a "
+            "CPU Int8WeightOnlyConfig() works, and for 4 bits IntxWeightOnlyConfig(weight_dtype=torch.int4)"
+        ) from error
+
+
 def is_repacked(parameter: Tensor) -> bool:
     """Has bitsandbytes put a 4 bit matrix into another order for this CPU? It does when it first multiplies by it."""
     return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)

@@ -23,6 +23,7 @@ from flamingo.errors import InputError
 from flamingo.files import OF_A_HUB, PASSED_ALONG, find_folder, write_json
 from flamingo.interop import compat
 from flamingo.interop.adapters import config_of, settings_of
+from flamingo.interop.backbones import Quantization
 from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.training.checkpoint import ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
 
@@ -66,7 +67,8 @@ class LoadAndSave:
         folder = find_folder(pretrained_model_name_or_path, options) / subfolder
         config = _config(folder, config, options)
         wanted = _dtype(dtype if dtype is not None else torch_dtype, config)
-        built = load_model(folder, config.model_config(), quantization_config)
+        bits = quantization_config and Quantization(quantization_config, wanted, device)
+        built = load_model(folder, config.model_config(), bits)
         model = cls(config, built).eval()
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if adapters := getattr(config, ADAPTERS, None):

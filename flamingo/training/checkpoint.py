@@ -38,7 +38,7 @@ from flamingo.files import (
 )
 from flamingo.interop import compat
 from flamingo.interop.adapters import add_adapter, config_of, name_without_adapter
-from flamingo.interop.backbones import Built, build_flamingo
+from flamingo.interop.backbones import Built, Quantization, build_flamingo
 from flamingo.limits import checked, checked_fields, quoted
 from flamingo.model.vlm import VisionLanguageModel
 
@@ -217,7 +217,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"{folder}/config.json: {error}") from None
 
 
-def load_model(folder: str | Path, config: ModelConfig | None = None, quantization=None) -> Built:
+def load_model(
+    folder: str | Path, config: ModelConfig | None = None, quantization: Quantization | None = None
+) -> Built:
     """Rebuild the model of a run folder: backbones by name, all else from its file.
 
     config: in place of the folder's. quantization: of the language model, see `build_flamingo`.
