@@ -40,8 +40,8 @@ from flamingo.errors import InputError
 from flamingo.evaluation.attention import recorded_cross_attention
 from flamingo.fast.checkpointing import checkpoint_layers
 from flamingo.interop import compat
-from flamingo.interop.adapters import add_adapter
 from flamingo.interop.backbones import Built, build_flamingo
+from flamingo.interop.huggingface_adapters import Adapters
 from flamingo.interop.huggingface_arguments import reduced_loss, refuse_unread
 from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.interop.huggingface_generation import Generate
@@ -64,7 +64,7 @@ class TextSoFar:
     attention_mask: Tensor | None = None
 
 
-class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
+class FlamingoModel(LoadAndSave, Generate, Adapters, PreTrainedModel, GenerationMixin):
     """A Flamingo with the methods of a Hugging Face model.
 
     `FlamingoModel(config)` loads the two frozen backbones by name and makes fresh trained parts;
@@ -134,15 +134,6 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
     def _set_lm(self, trains: bool) -> None:
         self.flamingo.train_language_model(trains)
         self.config.freeze_language_model = not trains
-
-    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """LoRA beside frozen matrices; what trains goes on training. (transformers' own method freezes it, and refuses
-        some versions of peft that work.) Raises ValueError for a name that is taken."""
-        known = getattr(self, "peft_config", {})
-        if adapter_name in known:
-            raise ValueError(f"there is an adapter {adapter_name!r} already: give the new one another name")
-        add_adapter(self.flamingo, adapter_name, adapter_config)
-        compat.name_adapters(self, known | {adapter_name: adapter_config})
 
     def train(self, mode: bool = True) -> "FlamingoModel":
         """Frozen parts stay in eval mode; what a user has put into them does not: the dropout of a LoRA adapter, the

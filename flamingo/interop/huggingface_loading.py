@@ -25,7 +25,7 @@ from flamingo.interop import compat
 from flamingo.interop.adapters import config_of, settings_of
 from flamingo.interop.backbones import Quantization
 from flamingo.interop.huggingface_config import FlamingoConfig
-from flamingo.training.checkpoint import ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
+from flamingo.training.checkpoint import ACTIVE, ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
 
 PREFIX = "flamingo."
 WITHOUT_EFFECT = PASSED_ALONG | {"low_cpu_mem_usage", "weights_only", "adapter_kwargs"}  # in transformers neither
@@ -154,9 +154,12 @@ class LoadAndSave:
         unknown = sorted(settings.keys() - FLAT.keys() - GENERAL)
         if unknown:
             print(f"config.{', config.'.join(unknown)}: not saved, for a Flamingo has no such setting", file=sys.stderr)
-        general = {name: value for name, value in settings.items() if name in GENERAL - {"model_type", ADAPTERS}}
+        general = {
+            name: value for name, value in settings.items() if name in GENERAL - {"model_type", ADAPTERS, ACTIVE}
+        }
         if adapters := getattr(self, "peft_config", None):
             general[ADAPTERS] = {name: settings_of(config) for name, config in adapters.items()}
+            general[ACTIVE] = self.active_adapters()
         return general
 
 

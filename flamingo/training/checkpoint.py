@@ -37,7 +37,7 @@ from flamingo.files import (
     writing,
 )
 from flamingo.interop import compat
-from flamingo.interop.adapters import add_adapter, config_of, name_without_adapter
+from flamingo.interop.adapters import activate, add_adapter, config_of, name_without_adapter
 from flamingo.interop.backbones import Built, Quantization, build_flamingo
 from flamingo.limits import checked, checked_fields, quoted
 from flamingo.model.vlm import VisionLanguageModel
@@ -45,8 +45,13 @@ from flamingo.model.vlm import VisionLanguageModel
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "flamingo"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ADAPTERS = "adapters"  # in config.json: the settings of each LoRA, as peft has them
-GENERAL = compat.general_settings() | {"model_type", ADAPTERS}  # what a config.json may hold beside the architecture
+# In config.json: the settings of each LoRA, as peft has them, and the names of those that act.
+ADAPTERS, ACTIVE = "adapters", "active_adapters"
+GENERAL = compat.general_settings() | {
+    "model_type",
+    ADAPTERS,
+    ACTIVE,
+}  # what a config.json may hold beside the architecture
 
 
 # ----------------------------------------------------------------------------------------------- what is written
@@ -212,6 +217,9 @@ def read_config(folder: Path) -> ModelConfig:
                 raise InputError(f"{name} must be one of {', '.join(DTYPES)}, not {quoted(settings[name])}")
         for adapter in checked(ADAPTERS, settings.get(ADAPTERS, {}), dict).values():
             config_of(checked("an adapter", adapter, dict))
+        for name in checked(ACTIVE, settings.get(ACTIVE, []), "list[str]"):
+            if name not in settings.get(ADAPTERS, {}):
+                raise InputError(f"{ACTIVE} names {quoted(name)}, which is not among its adapters")
         return from_flat({name: value for name, value in settings.items() if name not in GENERAL})
     except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
@@ -231,8 +239,11 @@ def load_model(
     config = config or read_config(folder)
     tensors = read_weights(folder)
     built = build_flamingo(config, quantization)
-    for name, settings in read_json(folder / "config.json").get(ADAPTERS, {}).items():
-        add_adapter(built.model, name, config_of(settings))
+    settings = read_json(folder / "config.json")
+    for name, adapter in settings.get(ADAPTERS, {}).items():
+        add_adapter(built.model, name, config_of(adapter))
+    if ACTIVE in settings:
+        activate(built.model, settings[ACTIVE])
     load_trained(built.model, tensors, str(folder / WEIGHTS))
     print(
         f"{folder}: {len(tensors)} trained tensors loaded, beside {config.language.name} and {config.vision.name}",
