@@ -95,6 +95,11 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+# Options of every `from_pretrained`: of a hub, and what auto classes and pipelines pass along without effect here.
+OF_A_HUB = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+PASSED_ALONG = {"trust_remote_code", "code_revision", "proxies", "_from_auto", "_from_pipeline", "_commit_hash"}
+
+
 def find_folder(name: str | Path, hub_options: dict) -> Path:
     """A folder, or the local copy of a hub repository. Raises InputError when there is neither."""
     if Path(name).is_dir():
@@ -102,8 +107,7 @@ def find_folder(name: str | Path, hub_options: dict) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-    options = {key: hub_options[key] for key in known if hub_options.get(key) is not None}
+    options = {key: hub_options[key] for key in OF_A_HUB if hub_options.get(key) is not None}
     try:
         return Path(
             snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **options)

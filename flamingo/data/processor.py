@@ -33,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+OF_A_TEXT = {"padding", "padding_side", "truncation", "max_length", "add_special_tokens"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ def add_flamingo_tokens(tokenizer) -> None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: the attention mask separates padding from text
 
 
+def refuse_options(what: str, options: dict, known: set[str]) -> None:
+    """Raises InputError for an option, other than None, that is not known."""
+    if unknown := sorted(name for name, value in options.items() if value is not None and name not in known):
+        raise InputError(f"{what} has no option {unknown[0]}={options[unknown[0]]!r:.60}")
+
+
 class FlamingoProcessor(ProcessorMixin):
     """A tokenizer with the two added tokens, and the vision encoder's way of preparing a picture.
 
@@ -65,26 +72,36 @@ class FlamingoProcessor(ProcessorMixin):
         # ProcessorMixin (which a pipeline requires) would insist on one of transformers' own image processors.
         self.chat_template = CHAT_TEMPLATE
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.media_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
-        self.eoc_token_id = tokenizer.convert_tokens_to_ids(EOC_TOKEN)
-        self.pad_token_id = tokenizer.pad_token_id
-        self.begin_ids = list(tokenizer("").input_ids)  # OPT begins every text with </s>, GPT-2 with nothing
+        tokenizer.padding_side = "left"  # where a pipeline fills up the texts of a batch that are to go on
+
+    # Of whatever tokenizer there is now: a user may set its pad token, or exchange it.
+    media_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids(MEDIA_TOKEN))
+    eoc_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids(EOC_TOKEN))
+    pad_token_id = property(lambda self: self.tokenizer.pad_token_id)
+    begin_ids = property(lambda self: list(self.tokenizer("").input_ids))  # OPT's </s>, of GPT-2 nothing
 
     # ----------------------------------------------------------------------------------------- load and save
     @classmethod
-    def from_pretrained(cls, folder_or_hub_name: str | Path, **hub_options) -> "FlamingoProcessor":
-        """The processor that was saved with a model. Raises InputError when there is none."""
+    def from_pretrained(
+        cls, folder_or_hub_name: str | Path, *, subfolder: str = "", chat_template: str | None = None, **hub_options
+    ) -> "FlamingoProcessor":
+        """The processor that was saved with a model. Raises InputError when there is none, or for an option that has no
+        meaning here (sizes and norms of pictures are the vision encoder's)."""
         from transformers import AutoTokenizer
 
-        from flamingo.files import find_folder
+        from flamingo.files import OF_A_HUB, PASSED_ALONG, find_folder
 
-        folder = find_folder(folder_or_hub_name, hub_options) / hub_options.get("subfolder", "")
+        if "_from_pipeline" not in hub_options:  # which passes the model's options too
+            refuse_options("FlamingoProcessor.from_pretrained", hub_options, OF_A_HUB | PASSED_ALONG | {"use_fast"})
+        folder = find_folder(folder_or_hub_name, hub_options) / subfolder
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
         processor = cls(tokenizer, Preprocess.load(folder))
-        if (folder / CHAT_TEMPLATE_FILE).is_file():
+        if chat_template is not None:
+            processor.chat_template = chat_template
+        elif (folder / CHAT_TEMPLATE_FILE).is_file():
             processor.chat_template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
         return processor
 
@@ -114,6 +131,7 @@ class FlamingoProcessor(ProcessorMixin):
         videos: None = None,
         audio: None = None,
         return_tensors: str = "pt",
+        text_kwargs: dict | None = None,
         **text_options,
     ) -> BatchFeature:
         """Pictures and texts → what `FlamingoModel` takes.
@@ -122,10 +140,11 @@ class FlamingoProcessor(ProcessorMixin):
             images: PIL pictures, files, or arrays of numpy or torch: one, a list (dealt out in order to the <image>
                 tags of the texts), or for each text a list or None.
             text: one or several, with an <image> for each picture; "<image>" for each picture if not given.
-            text_options: those of `encode_text`. videos, audio: None (transformers passes them).
+            text_options, text_kwargs: those of `encode_text`. videos, audio: None (transformers passes them).
 
         Returns input_ids, attention_mask, media_locations (B, T_txt), and pixel_values (B, T_img, 1, C, H, W) if there
-        are pictures, 0 where a text has fewer than T_img. Raises ValueError when pictures and tags disagree.
+        are pictures, 0 where a text has fewer than T_img. Raises ValueError when pictures and tags disagree,
+        InputError for an option that has no meaning here.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' (torch) is offered")
@@ -137,7 +156,9 @@ class FlamingoProcessor(ProcessorMixin):
         if text is None:
             text = [MEDIA_TOKEN * (1 if is_picture(entry) else len(entry or ())) for entry in pictures]
         texts = [text] if isinstance(text, str) else list(text)
-        inputs = self.encode_text(texts, **text_options)
+        text_options |= text_kwargs or {}
+        refuse_options("FlamingoProcessor", text_options, OF_A_TEXT)
+        inputs = self.encode_text(texts, **{name: text_options[name] for name in OF_A_TEXT & text_options.keys()})
         if pictures is not None:
             inputs["pixel_values"] = self._pixels_by_text(self._deal_out(pictures, texts))
         return inputs
@@ -274,8 +295,10 @@ class FlamingoProcessor(ProcessorMixin):
         """Token ids of unequal length → input_ids and attention_mask (B, T_txt). Left for generation.
 
         least: T_txt is at least this."""
-        length = max(least, *(len(row) for row in rows))
-        input_ids = torch.full((len(rows), length), self.pad_token_id)
+        length, pad = max(least, *(len(row) for row in rows)), self.pad_token_id
+        if pad is None:
+            raise ValueError("the tokenizer has no pad token: set processor.tokenizer.pad_token")
+        input_ids = torch.full((len(rows), length), pad)
         attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
             where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)

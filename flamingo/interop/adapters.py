@@ -6,13 +6,17 @@ with all else that the model has beside its backbones. (peft is optional: who ha
 """
 
 import json
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from flamingo.errors import InputError
-from flamingo.files import one_line
+from flamingo.files import one_line, read_json
 
 
 def name_without_adapter(name: str) -> str:
@@ -27,14 +31,21 @@ def settings_of(config) -> dict:
         return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
 
 
-def config_of(settings: dict):
-    """The reverse of `settings_of`. Raises InputError where peft is not installed, or they are no settings of its."""
+def peft():
+    """The library. Raises InputError where it is not installed."""
     try:
-        from peft import PeftConfig
+        import peft
+        import peft.functional
     except ImportError:
         raise InputError("this model has a LoRA adapter: pip install peft") from None
+    return peft
+
+
+def config_of(settings: dict):
+    """The reverse of `settings_of`. Raises InputError where peft is not installed, or they are no settings of its."""
+    kind = peft().PeftConfig
     try:
-        config = PeftConfig.from_peft_type(**settings)
+        config = kind.from_peft_type(**settings)
         if config.peft_type is None:
             raise ValueError("they have no peft_type")
         return config
@@ -42,18 +53,69 @@ def config_of(settings: dict):
         raise InputError(f"the settings of a LoRA adapter are damaged: {one_line(error)}") from error
 
 
+def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Settings and tensors that peft's `save_pretrained` wrote. Raises InputError for another folder. (Of its two kinds
+    of files the older is a pickle, which is never opened.)"""
+    settings = read_json(folder / "adapter_config.json")
+    file = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(file)
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no adapter: it has no {file.name}") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is damaged: {one_line(error)}") from None
+    return settings, {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+
+
 def add_adapter(model: nn.Module, name: str, config) -> None:
     """Put a fresh adapter into a Flamingo, in place, and make it the active one.
 
-    config: peft's. What trained before goes on training: peft freezes all but its own.
+    config: peft's. What trained before goes on training: peft freezes all but its own. Raises InputError, with the
+    model as it was, for a config or a name that peft cannot take, or one that asks for the head or for rows of the
+    token embeddings, where the added tokens have theirs.
     """
-    from peft import inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    _must_be_possible(model, name, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inject_adapter_in_model(config, nn.ModuleDict({"flamingo": model}), name)  # named as in a `FlamingoModel`
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_adapter(name)
+    try:
+        peft().functional.inject_adapter_in_model(config, nn.ModuleDict({"flamingo": model}), name)  # named as in a
+    except ValueError as error:  # `FlamingoModel`. (It comes before anything has been put in.)
+        raise InputError(
+            f"peft cannot put this adapter into a model that is there already: {one_line(error)}"
+        ) from error
+    activate(model, [name])
     for parameter in trained:
         parameter.requires_grad_(True)
+
+
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that peft has put into a model."""
+    kind = peft().tuners.tuners_utils.BaseTunerLayer
+    return (module for module in model.modules() if isinstance(module, kind))
+
+
+def activate(model: nn.Module, names: list[str]) -> None:
+    """Let these adapters act, and no other."""
+    if names:
+        peft().functional.set_adapter(model, names if len(names) > 1 else names[0])
+    for layer in layers_of(model):
+        layer.enable_adapters(enabled=bool(names))
+
+
+def _must_be_possible(model: nn.Module, name: str, config) -> None:
+    if not isinstance(config, peft().PeftConfig):
+        raise InputError(
+            f"an adapter needs a config of peft, such as LoraConfig(target_modules=[…]), not {config!r:.60}"
+        )
+    if "." in name:
+        raise InputError(f"the adapter cannot be called {name!r}: its name is part of its tensors' names, so no dot")
+    head = model.lang_encoder.get_output_embeddings()
+    name_of_head = next(name for name, module in model.lang_encoder.named_modules() if module is head)
+    targets, left_out = (getattr(config, name, None) or () for name in ("target_modules", "exclude_modules"))
+    if targets == "all-linear":  # of which transformers leaves out the head as well
+        config.exclude_modules = [name_of_head, *left_out]
+    elif name_of_head in left_out:
+        pass
+    elif name_of_head in targets or (isinstance(targets, str) and re.fullmatch(targets, f"flamingo.{name_of_head}")):
+        raise InputError(f"no adapter can stand beside {name_of_head}, where the added tokens' rows are: leave it out")
+    if getattr(config, "trainable_token_indices", None):
+        raise InputError("trainable_token_indices: the two added tokens train anyway, and the other rows stay frozen")

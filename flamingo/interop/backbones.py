@@ -156,12 +156,21 @@ def load_vision_encoder(
 
 
 # ---------------------------------------------------------------------------------------------- the language model
-def load_language_model(name: str, quantization=None, max_tokens: int = 0):
+class Quantization(NamedTuple):
+    """4 or 8 bits a weight. config: one of transformers'. dtype: of what is not quantized, and of what is multiplied
+    by what is. device: where it is done; None is for the library to choose."""
+
+    config: object
+    dtype: torch.dtype
+    device: torch.device | None = None
+
+
+def load_language_model(name: str, quantization: Quantization | None = None, max_tokens: int = 0):
     """A causal language model in float32 and its tokenizer, by name (see the top of this file).
 
-    quantization: one of transformers' quantization configs (4 or 8 bits a weight). max_tokens: of the longest text that
-    it is to read. Raises InputError when either cannot be loaded, is not whole, or brings code of its own, which is
-    never run; and, before its weights are read, if it has fewer positions than max_tokens.
+    max_tokens: of the longest text that it is to read. Raises InputError when either cannot be loaded, is not whole, or
+    brings code of its own, which is never run; and, before its weights are read, if it has fewer positions than
+    max_tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -187,11 +196,14 @@ def load_language_model(name: str, quantization=None, max_tokens: int = 0):
                 f"{positions}"
             )
         # The library's default dtype is that of the file: OPT would come as float16.
-        options = {} if quantization is None else {"quantization_config": quantization}
+        options = {"dtype": torch.float32}
+        if quantization is not None:
+            compat.try_quantization(*quantization)
+            options = {"dtype": quantization.dtype, "quantization_config": quantization.config}
+            options |= {} if quantization.device is None else {"device_map": {"": quantization.device}}
         lm, found = AutoModelForCausalLM.from_pretrained(
-            folder_or_id, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-            **options,
-        )  # fmt: skip
+            folder_or_id, config=config, trust_remote_code=False, output_loading_info=True, **options
+        )
         _all_there(found)
         _all_finite(lm)
         rows = lm.get_input_embeddings().num_embeddings
@@ -226,10 +238,10 @@ class Built(NamedTuple):
     config: ModelConfig
 
 
-def build_flamingo(config: ModelConfig, quantization=None, max_tokens: int = 0) -> Built:
+def build_flamingo(config: ModelConfig, quantization: Quantization | None = None, max_tokens: int = 0) -> Built:
     """A model with fresh trained parts (seed torch first), and the processor that belongs to it.
 
-    quantization: of the language model, one of transformers' configs. Its fingerprint is then taken on trust.
+    quantization: of the language model, whose fingerprint is then taken on trust.
     max_tokens: of the longest text that it is to be trained with.
     Raises InputError when a backbone cannot be loaded, has another width than the config says, other weights than the
     config's fingerprint, or too few positions for max_tokens; or a library is too old or new.
@@ -254,6 +266,7 @@ def build_flamingo(config: ModelConfig, quantization=None, max_tokens: int = 0) 
     tokens = SpecialTokens(processor.media_token_id, processor.eoc_token_id, processor.pad_token_id)
     model = build_from_parts(found, encoder, lm, tokens, encoder.dim)
     model.backbone_samples = _backbone_samples(model)
+    model.built_shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
     return Built(model, processor, found)
 
 

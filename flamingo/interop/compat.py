@@ -23,6 +23,7 @@ from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -210,6 +211,18 @@ def embedding_scale(embedding: nn.Embedding) -> float:
     return getattr(embedding, "embed_scale", 1.0)
 
 
+def arguments_of(lm: nn.Module) -> set[str]:
+    """The names of what `lm.forward` takes: its own, those it hands on to its layers without naming them, and two that
+    other versions' `generate` and Trainer pass to any model."""
+    handed_on = getattr(transformers.utils, "TransformersKwargs", None)
+    own = {
+        name
+        for name, argument in inspect.signature(lm.forward).parameters.items()
+        if argument.kind != argument.VAR_KEYWORD
+    }
+    return own | {*getattr(handed_on, "__annotations__", ()), "cache_position", "num_items_in_batch"}
+
+
 # ------------------------------------------------------------------------------------------ transformers: configs
 def general_settings() -> set[str]:
     """What transformers, its Trainer or a user may set in any model's config, and what is written with it."""
@@ -233,6 +246,23 @@ def unquantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
             yield name, parameter
+
+
+def try_quantization(config, dtype: torch.dtype, device: torch.device | None) -> None:
+    """Quantize one small matrix by torchao, so that what it raises for a CPU, a dtype or a missing kernel is heard:
+    transformers only says that a conversion failed. (bitsandbytes speaks for itself.) Raises InputError."""
+    if not isinstance(config, transformers.TorchAoConfig):
+        return
+    from torchao.quantization import quantize_
+
+    try:
+        quantize_(nn.Sequential(nn.Linear(256, 256, bias=False, dtype=dtype, device=device)), config.quant_type)
+    except Exception as error:  # of many kinds, an assertion among them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{with_version('torchao')} cannot do {type(config.quant_type).__name__} here ({reason}): on a "
+            "CPU Int8WeightOnlyConfig() works, and for 4 bits IntxWeightOnlyConfig(weight_dtype=torch.int4)"
+        ) from error
 
 
 def is_repacked(parameter: Tensor) -> bool:

@@ -14,12 +14,12 @@ It is registered with AutoConfig, AutoModelForImageTextToText and AutoProcessor 
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import (
@@ -40,8 +40,9 @@ from flamingo.errors import InputError
 from flamingo.evaluation.attention import recorded_cross_attention
 from flamingo.fast.checkpointing import checkpoint_layers
 from flamingo.interop import compat
-from flamingo.interop.adapters import add_adapter
 from flamingo.interop.backbones import Built, build_flamingo
+from flamingo.interop.huggingface_adapters import Adapters
+from flamingo.interop.huggingface_arguments import reduced_loss, refuse_unread
 from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.interop.huggingface_generation import Generate
 from flamingo.interop.huggingface_loading import LoadAndSave
@@ -49,7 +50,7 @@ from flamingo.interop.huggingface_stream import behind
 from flamingo.model.cross_attention import Images
 from flamingo.model.language_model import FlamingoLayer
 from flamingo.model.language_stream import LanguageStreamModel
-from flamingo.model.vlm import next_token_loss, next_tokens
+from flamingo.model.vlm import next_tokens
 
 
 @dataclass
@@ -63,7 +64,7 @@ class TextSoFar:
     attention_mask: Tensor | None = None
 
 
-class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
+class FlamingoModel(LoadAndSave, Generate, Adapters, PreTrainedModel, GenerationMixin):
     """A Flamingo with the methods of a Hugging Face model.
 
     `FlamingoModel(config)` loads the two frozen backbones by name and makes fresh trained parts;
@@ -133,15 +134,6 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
     def _set_lm(self, trains: bool) -> None:
         self.flamingo.train_language_model(trains)
         self.config.freeze_language_model = not trains
-
-    def add_adapter(self, adapter_config, adapter_name: str = "default") -> None:
-        """LoRA beside frozen matrices; what trains goes on training. (transformers' own method freezes it, and refuses
-        some versions of peft that work.) Raises ValueError for a name that is taken."""
-        known = getattr(self, "peft_config", {})
-        if adapter_name in known:
-            raise ValueError(f"there is an adapter {adapter_name!r} already: give the new one another name")
-        add_adapter(self.flamingo, adapter_name, adapter_config)
-        compat.name_adapters(self, known | {adapter_name: adapter_config})
 
     def train(self, mode: bool = True) -> "FlamingoModel":
         """Frozen parts stay in eval mode; what a user has put into them does not: the dropout of a LoRA adapter, the
@@ -248,6 +240,7 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_reduction: str = "mean",
         **lm_options,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, T_txt, vocabulary) of the next token, and the mean loss if there are labels.
@@ -268,13 +261,18 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
             return_dict: False gives a tuple, the loss first.
             num_items_in_batch: labelled tokens of all batches whose gradients are added up, by which the Trainer wants
                 the loss to be divided.
+            loss_reduction: mean, sum, or none: (B, T_txt - 1), of each token but the first, 0 where there is no label.
             use_cache, lm_options: the language model's own. shift_labels, (B, T_txt) in place of labels: the token that
                 should follow each. (No name of its own above: the Trainer would take it for a label of every batch.)
+
+        Raises TypeError for an argument that nothing reads.
         """
         lm, config = self.flamingo.lang_encoder, self.config
         attentions = config.output_attentions if output_attentions is None else output_attentions
         hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         shift_labels = lm_options.pop("shift_labels", None)
+        if lm_options:
+            refuse_unread(lm_options, compat.arguments_of(lm), list(inspect.signature(self.forward).parameters))
         if shift_labels is not None:
             labels, targets = None, shift_labels
         else:
@@ -300,10 +298,10 @@ class FlamingoModel(LoadAndSave, Generate, PreTrainedModel, GenerationMixin):
                 text, use_cache=use_cache, output_attentions=attentions, output_hidden_states=hidden,
                 return_dict=True, **compat.cache_argument(lm, past), **lm_options,
             )  # fmt: skip
-        if shift_labels is not None:  # one place further on, to be moved back there
-            output.loss = next_token_loss(F.pad(output.logits, (0, 0, 0, 1)), F.pad(targets, (1, 0), value=-100))
-        if targets is not None and num_items_in_batch is not None:
-            output.loss = output.loss * (targets != -100).sum() / num_items_in_batch
+        if targets is not None:
+            output.loss = reduced_loss(
+                output.get("loss"), output.logits, targets, shift_labels is not None, loss_reduction, num_items_in_batch
+            )
         output = type(output)(**output)  # in its own order, the loss first
         if use_cache and so_far.media_locations is not None:
             compat.cache_of(output).text_so_far = so_far

@@ -20,19 +20,15 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from flamingo.config import FLAT
 from flamingo.errors import InputError
-from flamingo.files import find_folder, write_json
+from flamingo.files import OF_A_HUB, PASSED_ALONG, find_folder, write_json
 from flamingo.interop import compat
 from flamingo.interop.adapters import config_of, settings_of
+from flamingo.interop.backbones import Quantization
 from flamingo.interop.huggingface_config import FlamingoConfig
-from flamingo.training.checkpoint import ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
+from flamingo.training.checkpoint import ACTIVE, ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
 
 PREFIX = "flamingo."
-OF_A_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# What auto classes and pipelines pass along, and what has no effect in transformers either.
-WITHOUT_EFFECT = {
-    "trust_remote_code", "low_cpu_mem_usage", "weights_only", "adapter_kwargs", "code_revision", "proxies",
-    "_from_auto", "_from_pipeline", "_commit_hash",
-}  # fmt: skip
+WITHOUT_EFFECT = PASSED_ALONG | {"low_cpu_mem_usage", "weights_only", "adapter_kwargs"}  # in transformers neither
 WITHOUT_EFFECT_IN_SAVING = {"save_function", "save_peft_format", "save_original_format"}
 
 
@@ -71,7 +67,8 @@ class LoadAndSave:
         folder = find_folder(pretrained_model_name_or_path, options) / subfolder
         config = _config(folder, config, options)
         wanted = _dtype(dtype if dtype is not None else torch_dtype, config)
-        built = load_model(folder, config.model_config(), quantization_config)
+        bits = quantization_config and Quantization(quantization_config, wanted, device)
+        built = load_model(folder, config.model_config(), bits)
         model = cls(config, built).eval()
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if adapters := getattr(config, ADAPTERS, None):
@@ -157,9 +154,12 @@ class LoadAndSave:
         unknown = sorted(settings.keys() - FLAT.keys() - GENERAL)
         if unknown:
             print(f"config.{', config.'.join(unknown)}: not saved, for a Flamingo has no such setting", file=sys.stderr)
-        general = {name: value for name, value in settings.items() if name in GENERAL - {"model_type", ADAPTERS}}
+        general = {
+            name: value for name, value in settings.items() if name in GENERAL - {"model_type", ADAPTERS, ACTIVE}
+        }
         if adapters := getattr(self, "peft_config", None):
             general[ADAPTERS] = {name: settings_of(config) for name, config in adapters.items()}
+            general[ACTIVE] = self.active_adapters()
         return general
 
 

@@ -37,16 +37,21 @@ from flamingo.files import (
     writing,
 )
 from flamingo.interop import compat
-from flamingo.interop.adapters import add_adapter, config_of, name_without_adapter
-from flamingo.interop.backbones import Built, build_flamingo
+from flamingo.interop.adapters import activate, add_adapter, config_of, name_without_adapter
+from flamingo.interop.backbones import Built, Quantization, build_flamingo
 from flamingo.limits import checked, checked_fields, quoted
 from flamingo.model.vlm import VisionLanguageModel
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "flamingo"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ADAPTERS = "adapters"  # in config.json: the settings of each LoRA, as peft has them
-GENERAL = compat.general_settings() | {"model_type", ADAPTERS}  # what a config.json may hold beside the architecture
+# In config.json: the settings of each LoRA, as peft has them, and the names of those that act.
+ADAPTERS, ACTIVE = "adapters", "active_adapters"
+GENERAL = compat.general_settings() | {
+    "model_type",
+    ADAPTERS,
+    ACTIVE,
+}  # what a config.json may hold beside the architecture
 
 
 # ----------------------------------------------------------------------------------------------- what is written
@@ -55,12 +60,13 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
     backbone that has changed since it was loaded (it was trained and then frozen, or LoRA was merged into it).
 
     tensors: to choose from, in place of the model's own. Raises InputError for a model that was prepared to generate
-    (its own matrices have been rearranged), and for a quantized backbone that has changed: a file of ours holds no
-    quantized matrices.
+    (its own matrices have been rearranged), that has tensors other than its config describes, and for a quantized
+    backbone that has changed: a file of ours holds no quantized matrices.
     """
     own_parts = (model.vision_tokenizer, model.lang_encoder)
     if any(isinstance(module, PackedLinear) for part in own_parts for module in part.modules()):
         raise InputError("the model was prepared to generate and can no longer be saved: save it before")
+    _must_be_as_built(model)
     loaded = getattr(model, "backbone_samples", {})  # a model built from live parts has no named backbones
     tensors = {name: (tensors or {}).get(name, tensor).detach() for name, tensor in model.named_parameters()}
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -79,6 +85,24 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
             "the quantized language model has changed and cannot be saved: change (or merge LoRA into) a whole one"
         )
     return own
+
+
+def _must_be_as_built(model: VisionLanguageModel) -> None:
+    """Raises InputError if tensors have come (other than with an adapter), gone, or changed their shape since the model
+    was built from its config: from which it is built again, before the file is read."""
+    built = getattr(model, "built_shapes", None)
+    if built is None:  # made of live parts: there is no config
+        return
+    tensors = dict(model.named_parameters())
+    plain = {name: name_without_adapter(name) for name in tensors}
+    now = {plain[name]: built.get(plain[name]) if compat.is_repacked(t) else t.shape for name, t in tensors.items()}
+    has_adapter = any(name != other for name, other in plain.items())
+    names = built.keys() if has_adapter else built.keys() | now.keys()
+    if other := sorted(name for name in names if now.get(name) != built.get(name)):
+        raise InputError(
+            f"the model has other tensors than its config describes (such as {other[0]}), and could not be loaded "
+            "again: put its own embeddings and modules back before it is saved"
+        )
 
 
 def _same(old: Tensor, tensor: Tensor) -> bool:
@@ -193,12 +217,17 @@ def read_config(folder: Path) -> ModelConfig:
                 raise InputError(f"{name} must be one of {', '.join(DTYPES)}, not {quoted(settings[name])}")
         for adapter in checked(ADAPTERS, settings.get(ADAPTERS, {}), dict).values():
             config_of(checked("an adapter", adapter, dict))
+        for name in checked(ACTIVE, settings.get(ACTIVE, []), "list[str]"):
+            if name not in settings.get(ADAPTERS, {}):
+                raise InputError(f"{ACTIVE} names {quoted(name)}, which is not among its adapters")
         return from_flat({name: value for name, value in settings.items() if name not in GENERAL})
     except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
 
 
-def load_model(folder: str | Path, config: ModelConfig | None = None, quantization=None) -> Built:
+def load_model(
+    folder: str | Path, config: ModelConfig | None = None, quantization: Quantization | None = None
+) -> Built:
     """Rebuild the model of a run folder: backbones by name, all else from its file.
 
     config: in place of the folder's. quantization: of the language model, see `build_flamingo`.
@@ -210,8 +239,11 @@ def load_model(folder: str | Path, config: ModelConfig | None = None, quantizati
     config = config or read_config(folder)
     tensors = read_weights(folder)
     built = build_flamingo(config, quantization)
-    for name, settings in read_json(folder / "config.json").get(ADAPTERS, {}).items():
-        add_adapter(built.model, name, config_of(settings))
+    settings = read_json(folder / "config.json")
+    for name, adapter in settings.get(ADAPTERS, {}).items():
+        add_adapter(built.model, name, config_of(adapter))
+    if ACTIVE in settings:
+        activate(built.model, settings[ACTIVE])
     load_trained(built.model, tensors, str(folder / WEIGHTS))
     print(
         f"{folder}: {len(tensors)} trained tensors loaded, beside {config.language.name} and {config.vision.name}",
