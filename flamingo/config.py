@@ -163,13 +163,15 @@ class LanguageConfig:
     """The language model.
 
     name: Hugging Face id or folder. dim: D; found from the model when None, checked when given.
-    freeze: False trains its own weights too. decoder_layers: where its layers are, if they cannot be found.
+    freeze: False trains its own weights too. lora_rank: a frozen one gets matrices of this rank beside its own, which
+        train (LoRA); 0 for none. decoder_layers: where its layers are, if they cannot be found.
     fingerprint: of the weights the model was trained with; filled in by us.
     """
 
     name: str = "facebook/opt-125m"
     dim: int | None = None
     freeze: bool = True
+    lora_rank: int = 0
     decoder_layers: str | None = None
     fingerprint: str | None = None
 
@@ -207,7 +209,8 @@ PART_OF = {
 # Those of flamingo-mini that are not simply a part's prefix and a field's name.
 _FLAT_BY_NAME = {
     "lm": "language.name", "dim": "language.dim", "freeze_language_model": "language.freeze",
-    "decoder_layers_attr_name": "language.decoder_layers", "lm_fingerprint": "language.fingerprint",
+    "decoder_layers_attr_name": "language.decoder_layers", "lm_lora_rank": "language.lora_rank",
+    "lm_fingerprint": "language.fingerprint",
     "clip_model_type": "vision.name", "dim_visual": "vision.dim", "freeze_vision_model": "vision.freeze",
     "vision_feature_norm": "vision.feature_norm", "vision_class_token": "vision.class_token",
     "vision_fingerprint": "vision.fingerprint", "vision_image_size": "vision.image_size",
@@ -351,7 +354,7 @@ class TrainingOptions:
     accumulate: int = option(1, "batches whose gradients are added up before each optimizer step")
     lr: float = option(1e-3, "peak learning rate of all that trains but the gates")
     gate_lr: float = option(0.05, "peak learning rate of the tanh gates")
-    lm_lr: float = option(1e-4, "peak learning rate of the language model's own weights, where they train")
+    lm_lr: float = option(1e-4, "peak learning rate of the language model, where its own weights or a LoRA train")
     gate_opening: float = option(
         0.0,
         "open the attention gates to this value over the warmup, whatever their gradient (0: they learn from 0)",

@@ -14,9 +14,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from flamingo.config import LanguageConfig
 from flamingo.errors import InputError
 from flamingo.files import one_line, read_json
+from flamingo.interop import compat
+
+BUILT_IN = "built_in"  # the name of the adapter that belongs to the architecture (language.lora_rank)
 
 
 def name_without_adapter(name: str) -> str:
@@ -87,6 +92,22 @@ def add_adapter(model: nn.Module, name: str, config) -> None:
         parameter.requires_grad_(True)
 
 
+def add_lora(model: nn.Module, language: LanguageConfig) -> None:
+    """LoRA of rank `lora_rank` beside every matrix of the language model's own layers; it begins as a change of 0.
+
+    It belongs to the architecture: a config says so, and whoever builds the model of that config has it.
+    Raises InputError for a language model whose own weights train.
+    """
+    if not language.freeze:
+        raise InputError("language.lora_rank: all of the language model trains (language.freeze is false): choose one")
+    _, layers = compat.find_decoder_layers(model.lang_encoder, language.decoder_layers)
+    own = (getattr(layer, "decoder_layer", layer).named_modules() for layer in layers)
+    names = {name for layer in own for name, module in layer if isinstance(module, (nn.Linear, Conv1D))}
+    pattern = rf"flamingo\.lang_encoder\.(?!.*gated_cross_attn_layer).*\.({'|'.join(map(re.escape, sorted(names)))})"
+    rank = language.lora_rank
+    add_adapter(model, BUILT_IN, peft().LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern))
+
+
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that peft has put into a model."""
     kind = peft().tuners.tuners_utils.BaseTunerLayer
@@ -106,6 +127,8 @@ def _must_be_possible(model: nn.Module, name: str, config) -> None:
         raise InputError(
             f"an adapter needs a config of peft, such as LoraConfig(target_modules=[…]), not {config!r:.60}"
         )
+    if any(BUILT_IN in layer.active_adapters for layer in layers_of(model)):
+        raise InputError("the model was built with a LoRA of its own (language.lora_rank), and one more is too many")
     if "." in name:
         raise InputError(f"the adapter cannot be called {name!r}: its name is part of its tensors' names, so no dot")
     head = model.lang_encoder.get_output_embeddings()

@@ -28,7 +28,7 @@ from flamingo.data.preprocess import Preprocess
 from flamingo.data.processor import FlamingoProcessor, add_flamingo_tokens
 from flamingo.errors import InputError
 from flamingo.files import fingerprint, one_line, resolve, sample
-from flamingo.interop import compat, hub, packaged, timm_encoders
+from flamingo.interop import adapters, compat, hub, packaged, timm_encoders
 from flamingo.limits import must_fit
 from flamingo.model.build import FUSIONS, TOKENIZERS, build_from_parts, make_vision_tokenizer
 from flamingo.model.cross_attention import GatedCrossAttentionBlock
@@ -267,6 +267,8 @@ def build_flamingo(config: ModelConfig, quantization: Quantization | None = None
     model = build_from_parts(found, encoder, lm, tokens, encoder.dim)
     model.backbone_samples = _backbone_samples(model)
     model.built_shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+    if language.lora_rank:
+        adapters.add_lora(model, language)
     return Built(model, processor, found)
 
 

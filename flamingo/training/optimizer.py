@@ -10,7 +10,7 @@ from flamingo.model.vlm import VisionLanguageModel
 
 
 def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW over what trains and nothing else, in three groups, and two more if the language model trains.
+    """AdamW over what trains and nothing else, in three groups, and more if the language model or its LoRA trains.
 
     Only matrices decay: pulling gates, norms, latents or embeddings towards 0 would mean something. The gates learn
     much faster than the rest: tanh(0) = 0 lets through neither signal nor gradient, so until they open nothing else
@@ -26,7 +26,7 @@ def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torc
         decays = parameter.ndim >= 2 and not any(part in name for part in ("additional", "latents", "_embs", "query_"))
         if name.endswith("_gate"):
             gates.append(parameter)
-        elif id(parameter) in own or "lora_" in name:
+        elif id(parameter) in own:
             (matrices if decays else rest).append(parameter)
         else:
             (lm_matrices if decays and id(parameter) not in tables else lm_rest).append(parameter)
