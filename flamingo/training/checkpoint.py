@@ -62,7 +62,11 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
     if any(isinstance(module, PackedLinear) for part in own_parts for module in part.modules()):
         raise InputError("the model was prepared to generate and can no longer be saved: save it before")
     loaded = getattr(model, "backbone_samples", {})  # a model built from live parts has no named backbones
-    tensors = {name: (tensors or {}).get(name, tensor).detach() for name, tensor in model.named_parameters()}
+    tensors = {
+        name: (tensors or {}).get(name, tensor).detach()
+        for name, tensor in model.named_parameters()
+        if not compat.is_sharded(tensor)  # frozen, all of them (training/distributed.py)
+    }
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: loaded.get(name_without_adapter(name)) for name in tensors}
     repacked = {name for name, parameter in model.named_parameters() if compat.is_repacked(parameter)}

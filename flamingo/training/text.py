@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from flamingo import ranks
 from flamingo.classroom.documents import document_row
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
@@ -51,6 +52,8 @@ def train_on_text(options: TrainingOptions, folder: Path) -> None:
         if getattr(options, name):
             flag = "set" if name == "overrides" else name.replace("_", "-")
             raise InputError(f"--{flag} belongs to pictures, and {options.preset} is trained on text")
+    if ranks.count() > 1:
+        raise InputError(f"{options.preset} is trained by one process: start it without torchrun")
     torch.manual_seed(options.seed)
     place = device.pick_device(options.device)
     device.tune(place)
