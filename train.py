@@ -6,6 +6,7 @@
     python train.py --preset classroom-kosmos             another architecture (flamingo/presets.py)
     python train.py --preset opt-125m                     the real recipe: one GPU and a hub connection
     python train.py --resume runs/classroom               go on with a run that was stopped
+    torchrun --nproc-per-node 4 train.py                  on several GPUs (flamingo/training/distributed.py)
 
 What this file teaches: parse → build → a plain loop. Everything that trains a Flamingo is in `main`, top to bottom.
 """
@@ -17,6 +18,7 @@ LAUNCHED = time.time()
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from flamingo import ranks  # noqa: E402
 from flamingo.config import TrainingOptions  # noqa: E402
 from flamingo.errors import run_command  # noqa: E402
 from flamingo.presets import is_text_only, model_config  # noqa: E402
@@ -33,7 +35,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     from flamingo.evaluation.first_look import validation_items
     from flamingo.fast import checkpointing, compiling, device, enable, precision
     from flamingo.interop.backbones import build_flamingo
-    from flamingo.training import best, finish, loop, optimizer, resume, sources
+    from flamingo.training import best, distributed, finish, loop, optimizer, resume, sources
     from flamingo.training.log import RunLog
 
     # ------------------------------------------------------------------------------------------------ build
@@ -45,6 +47,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
     train_set, validation_set = sources.training_sets(options)
+    distributed.check(options, min(len(train_set), len(validation_set)))
     collate = Collate(processor, options.max_tokens, layout=not options.plain)
     sources.check_targets(train_set, validation_set, collate)
     train_examples, validation_examples = (
@@ -68,13 +71,15 @@ def main(options: TrainingOptions, folder: Path) -> None:
     if not options.plain:
         enable.enable(model)  # the same numbers, sooner
     if dtype == "auto":
-        dtype = "bfloat16" if precision.bf16_is_faster(model, held_out[0].first(32).inputs(), place) else "float32"
+        faster = ranks.of_first(lambda: precision.bf16_is_faster(model, held_out[0].first(32).inputs(), place))
+        dtype = "bfloat16" if faster else "float32"
     if dtype == "bfloat16":
         precision.cast_frozen_to_bf16(model)
     if options.gradient_checkpointing:
         checkpointing.checkpoint_layers(model)
     if options.compile:
         compiling.compile_trained_parts(model)
+    together = distributed.for_training(model, place, options.shard)  # alone, the model itself
     print(f"training {len(train_set)} examples on {place} in {dtype}; run folder {folder}")
     if not options.resume:
         points.save(0, dtype)
@@ -84,14 +89,16 @@ def main(options: TrainingOptions, folder: Path) -> None:
     for step in bar:
         optimizer.set_learning_rate(adamw, step, options)
         group = [loop.some_patches(next(stream), step, options) for _ in range(options.accumulate)]
-        targets = max(1, sum(batch.targets for batch in group))
+        targets, captions = ranks.total(sum(b.targets for b in group), sum(len(b.input_ids) for b in group))
         loss = torch.zeros((), device=place)
         for batch in group:
-            share = batch.targets / targets  # so that every token counts the same, whichever batch it came in
-            with precision.autocast(place, dtype):
-                part = model(**batch.to(place).inputs()).loss * share
-            part.backward()
+            share = batch.targets / max(1, targets)  # so that every token counts the same, whichever batch it came in
+            with distributed.adding_up(together, now=batch is group[-1]):
+                with precision.autocast(place, dtype):
+                    part = together(**batch.to(place).inputs()).loss * share
+                part.backward()
             loss += part.detach()
+        ranks.add_up(loss)
         norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
         loss = loop.finite_loss(step, loss, norm, train_set, points)
         if loss is not None:  # else the step is left out
@@ -99,7 +106,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
             optimizer.open_gates(model, step, options)
         adamw.zero_grad(set_to_none=True)
 
-        log.step(step, loss, sum(len(batch.input_ids) for batch in group), adamw, bar)
+        log.step(step, loss, int(captions), adamw, bar)
         if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
             score = log.samples(model, processor, shown, lambda: precision.autocast(place, dtype), bar)
             log.validation(step + 1, loop.validate(model, held_out, place, dtype) | score, model.gates(), bar)
@@ -114,12 +121,13 @@ def main(options: TrainingOptions, folder: Path) -> None:
     finish.finish(folder, model, processor, config, shown, log, counts, place, dtype)
 
 
-def start(options: TrainingOptions) -> None:
-    work = main
-    if is_text_only(options.preset):
-        from flamingo.training.text import train_on_text as work
-    in_run_folder(work, options)
+def start(argv: list[str]) -> None:
+    with ranks.joined("train.py"):  # the processes that torchrun started, if it did
+        options, work = parse_training_options(argv), main
+        if is_text_only(options.preset):
+            from flamingo.training.text import train_on_text as work
+        in_run_folder(work, options)
 
 
 if __name__ == "__main__":
-    run_command("train.py", lambda: start(parse_training_options(sys.argv[1:])))
+    run_command("train.py", lambda: start(sys.argv[1:]))

@@ -389,6 +389,10 @@ class TrainingOptions:
     compile: bool = option(
         False, "compile the resampler and the cross-attention (torch.compile; the first steps are slow)"
     )
+    shard: bool = option(
+        False,
+        "of several processes (torchrun) each keeps a piece of the frozen weights only, in place of a copy (FSDP2)",
+    )
     gradient_checkpointing: bool = option(
         False, "compute the layers' inner values twice instead of keeping them: less memory, a third more time"
     )

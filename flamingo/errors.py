@@ -40,10 +40,13 @@ _ways_on: list[Callable[[], str]] = []  # the innermost last
 
 @contextlib.contextmanager
 def way_on(sentence: Callable[[], str]) -> Iterator[None]:
-    """While this lasts, Ctrl-C ends with `sentence()`: how to go on."""
+    """While this lasts, Ctrl-C ends with `sentence()`: how to go on. An error takes it along as a note."""
     _ways_on.append(sentence)
     try:
         yield
+    except Exception as error:
+        error.add_note(sentence())
+        raise
     finally:
         _ways_on.remove(sentence)
 
@@ -53,18 +56,24 @@ def run_command(name: str, command: Callable[[], None]) -> None:
     with _stopping_at_once(name):
         try:
             command()
-        except InputError as error:
-            _leave(f"{name}: {error}", 2)
-        except OSError as error:
-            if error.errno not in OF_THE_DISK:
-                raise
-            _leave(f"{name}: {error.filename or 'a file cannot be written'}: {error.strerror}", 2)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            _leave(f"{name}: out of memory: ask for less at a time (train.py: a smaller --batch-size)", 2)
         except KeyboardInterrupt:
-            _leave(_stopped(name), 130)
+            _leave(stopped(name), 130)
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is None:
+                raise
+            _leave(f"{name}: {sentence}", 2)
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What to say of an error that a user can mend; None of one that is ours."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        return f"{error.filename or 'a file cannot be written'}: {error.strerror}"
+    if isinstance(error, (MemoryError, RuntimeError)) and _is_out_of_memory(error):
+        return "out of memory: ask for less at a time (train.py: a smaller --batch-size)"
+    return None
 
 
 def _leave(sentence: str, code: int) -> None:
@@ -79,7 +88,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     )  # fmt: skip
 
 
-def _stopped(name: str) -> str:
+def stopped(name: str) -> str:
+    """What a command says that is stopped from outside, with how to go on."""
     return f"\n{name}: stopped" + "".join(f"; {sentence()}" for sentence in _ways_on[-1:])
 
 
@@ -91,9 +101,10 @@ def _stopping_at_once(name: str) -> Iterator[None]:
     parent = os.getpid()
 
     def stop(*_) -> None:
-        if os.getpid() != parent:  # a process that prepares pictures: its parent speaks
+        # A process that prepares pictures, or one of several that torchrun started: another one speaks.
+        if os.getpid() != parent or os.environ.get("RANK", "0") != "0":
             os._exit(130)
-        sentence = _stopped(name)
+        sentence = stopped(name)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os.write(2, f"{sentence}\n".encode())

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError, way_on
 from flamingo.files import UNFINISHED, read_json, remove_unfinished, writing
@@ -26,14 +27,19 @@ class InUse(InputError):
 
 
 def in_run_folder(train: Callable[[TrainingOptions, Path], None], options: TrainingOptions) -> None:
-    """`train(options, folder)` in the folder of the run to resume, or in a new one, held until it returns.
+    """`train(options, folder)` in the folder of the run to resume, or in a new one, held until it returns. (Of several
+    processes the first holds it.)
 
     Raises InputError, and leaves no new folder behind, if the folder is in use, holds something, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(held(Path(options.resume))) if options.resume else _new(options, stack)
+        folder = ranks.of_first(lambda: _held_or_new(options, stack))
         stack.enter_context(way_on(lambda: _how_to_go_on(folder)))
         train(options, folder)
+
+
+def _held_or_new(options: TrainingOptions, stack: contextlib.ExitStack) -> Path:
+    return stack.enter_context(held(Path(options.resume))) if options.resume else _new(options, stack)
 
 
 def _new(options: TrainingOptions, stack: contextlib.ExitStack) -> Path:
@@ -128,7 +134,8 @@ def _how_to_go_on(folder: Path) -> str:
     if (folder / SUMMARY).exists():
         return f"the run is finished: python evaluate.py {folder}"
     if (folder / RESUME_POINT).exists():
-        return f"python train.py --resume {folder} goes on from the last point that was kept"
+        start = "python" if ranks.count() == 1 else "torchrun …"
+        return f"{start} train.py --resume {folder} goes on from the last point that was kept"
     return "there is nothing to go on with yet: give the same command again"
 
 

@@ -10,7 +10,7 @@ FLAMINGO = ROOT / "flamingo"
 # compat, adapters and the loading of backbones serve others.
 FLOORS = [
     ("errors",),
-    ("files", "limits"),
+    ("files", "limits", "ranks"),
     ("config",),
     ("presets", "run_folder", "interop.compat", "interop.threads"),
     ("model",),

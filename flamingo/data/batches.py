@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flamingo import ranks
 from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
 from flamingo.fast.packing import TextLayout
 
@@ -154,6 +155,7 @@ class StepSampler(Sampler):
 
     curriculum: in the first epoch the leading examples come before the rest, in parts of these sizes.
     skip: leave out the first steps: they were done before the run was stopped.
+    share: (i, n) the i-th of n parts of every step, for the i-th of n processes.
 
     A batch is as long as its longest text, and what the others lack is padding that costs as much as text. So
     `WINDOW` batches are drawn together, sorted by length and cut into batches of equals, in random order again.
@@ -170,7 +172,9 @@ class StepSampler(Sampler):
         seed: int,
         curriculum: Sequence[int] = (),
         skip: int = 0,
+        share: tuple[int, int] = (0, 1),
     ):
+        self.share = share
         self.lengths, self.size, self.batch_size = lengths, size, min(batch_size, size)
         self.steps, self.seed, self.curriculum, self.skip = steps, seed, curriculum, skip
 
@@ -184,7 +188,8 @@ class StepSampler(Sampler):
                 if step == self.steps:
                     return
                 if step >= self.skip:
-                    yield batch
+                    first, processes = self.share
+                    yield batch[first::processes]
                 step += 1
             epoch += 1
 
@@ -212,14 +217,15 @@ def batches(
     workers: int = 0,
     pin: bool = False,
 ) -> DataLoader:
-    """`steps` batches of `batch_size` examples, but for the first `skip`.
+    """`steps` batches of `batch_size` examples, but for the first `skip`; of several processes each has its share.
 
     `examples.length(i)` is any measure of how long its longest text is, `examples.curriculum` the sizes of the parts
     that come first.
 
     workers: processes that prepare batches ahead; 0 prepares on demand.
     """
-    sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed, examples.curriculum, skip)
+    share = (ranks.rank(), ranks.count())
+    sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed, examples.curriculum, skip, share)
     return DataLoader(
         examples, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin,
         persistent_workers=workers > 0,

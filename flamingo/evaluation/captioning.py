@@ -1,5 +1,6 @@
 """Pictures and prompts → captions, in batches: what training shows as it goes and evaluation scores."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from flamingo import ranks
 from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
 from flamingo.evaluation.typical import most_typical
+from flamingo.interop import compat
 from flamingo.model.vlm import Flamingo
 
 NEW_TOKENS = 32  # longest caption, in tokens
@@ -88,26 +91,36 @@ def _in_batches(
     batch_size: int,
     progress: str | None,
     answer: Callable[[Tensor, Tensor, dict], Sequence],
+    shared: bool,
 ) -> list:
     """`answer(input_ids, attention_mask, pictures)` for texts that are to be continued, texts of like length together.
 
-    Each text's `Chunk.picture` are rows of the bank `latents`.
+    Each text's `Chunk.picture` are rows of the bank `latents`. shared: of several processes each does some of the
+    batches, and all have all answers.
     """
     rows = [processor.encode_chunks(text, open_end=True)[0] for text in texts]
     shown = [[chunk.picture for chunk in text if chunk.picture is not None] for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of one length need no padding
-    answers = [None] * len(rows)
+    if shared:
+        batch_size = min(batch_size, math.ceil(len(order) / ranks.count()))
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    found = {}  # number of the text → its answer
     bar = tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+    for chosen in ranks.share(batches) if shared else batches:
         input_ids, attention_mask = (t.to(latents.device) for t in processor.pad([rows[i] for i in chosen], "left"))
         index = pad_image_index([shown[i] for i in chosen])
         pictures = {"latents": latents, "image_index": index.to(latents.device)}
-        for i, value in zip(chosen, answer(input_ids, attention_mask, pictures), strict=True):
-            answers[i] = value
-        bar.update(len(chosen))
+        found |= dict(zip(chosen, answer(input_ids, attention_mask, pictures), strict=True))
+        bar.update(len(chosen) * (ranks.count() if shared else 1))
     bar.close()
-    return answers
+    if shared:
+        found = {i: value for part in ranks.gathered(found) for i, value in part.items()}
+    return [found[i] for i in range(len(rows))]
+
+
+def _can_share(model: Flamingo) -> bool:
+    """A model whose weights lie in pieces in all processes answers in all of them at once."""
+    return ranks.count() > 1 and not any(map(compat.is_sharded, model.parameters()))
 
 
 @torch.no_grad()
@@ -144,7 +157,8 @@ def continue_texts(
         return [most_typical(said[first : first + count]) for first in range(0, len(said), count)]
 
     batch_size = max(1, batch_size // (count * decoding.beams))
-    return _in_batches(processor, latents, texts, batch_size, progress, answer)
+    shared = _can_share(model) and count == 1  # candidates are drawn one after the other
+    return _in_batches(processor, latents, texts, batch_size, progress, answer, shared)
 
 
 @torch.no_grad()
@@ -174,7 +188,7 @@ def score_answers(
             return model.score_sequences(input_ids, ids, attention_mask, **shown).float().cpu()
 
     batch_size = max(1, min(batch_size, CANDIDATES // len(answers)))
-    return torch.stack(_in_batches(processor, latents, texts, batch_size, progress, answer))
+    return torch.stack(_in_batches(processor, latents, texts, batch_size, progress, answer, _can_share(model)))
 
 
 def caption(

@@ -11,19 +11,36 @@ import sys
 
 import torch
 
+from flamingo import ranks
 from flamingo.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one. Raises InputError for a device that is not there, or (meta) holds no numbers."""
+    """auto: a GPU if there is one; of several processes on a machine each has its own.
+
+    Raises InputError for a device that is not there, or (meta) holds no numbers."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks.count() > 1:
+        name = _own_gpu()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _own_gpu() -> str:
+    """cuda:0 for the first process of a machine, cuda:1 for the second, …"""
+    gpus = torch.cuda.device_count()
+    if ranks.on_this_machine() > gpus:
+        raise InputError(
+            f"torchrun started {ranks.on_this_machine()} processes on a machine with {gpus} GPU(s): give "
+            f"--nproc-per-node {max(1, gpus)}, or --device cpu"
+        )
+    torch.cuda.set_device(ranks.local_rank())
+    return f"cuda:{ranks.local_rank()}"
 
 
 def tune(device: torch.device) -> None:

@@ -266,7 +266,7 @@ def build_flamingo(config: ModelConfig, quantization: Quantization | None = None
     tokens = SpecialTokens(processor.media_token_id, processor.eoc_token_id, processor.pad_token_id)
     model = build_from_parts(found, encoder, lm, tokens, encoder.dim)
     model.backbone_samples = _backbone_samples(model)
-    model.built_shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+    model.built_shapes = {name: t.shape for name, t in model.named_parameters(remove_duplicate=False)}
     if language.lora_rank:
         adapters.add_lora(model, language)
     return Built(model, processor, found)

@@ -7,7 +7,8 @@ what is not found is an error that names the version. Nothing else in this repos
 
     transformers    the cache among a model's arguments and outputs, where the decoder layers are, position ids, the
                     attention interface, embed_scale
-    torch           oneDNN's own order of a matrix, an assertion that does not wait for a GPU
+    torch           oneDNN's own order of a matrix, an assertion that does not wait for a GPU, which weights
+                    DistributedDataParallel leaves alone and FSDP2 splits
     open_clip       patch tokens of a tower (its own or timm's), its pictures' settings, QuickGELU
     timm            patch tokens and grids of features, what a name's weights were trained on
 
@@ -15,6 +16,7 @@ This file imports nothing of ours but the error.
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
@@ -386,6 +388,43 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = was_enabled
+
+
+# ------------------------------------------------------------------------------------------ torch.distributed
+def data_parallel(model: nn.Module, frozen: list[str]) -> nn.parallel.DistributedDataParallel:
+    """The model in a DistributedDataParallel that leaves these parameters alone: they are neither sent round at its
+    start nor expected to get a gradient. (In torch the way to say so has no public name yet.)"""
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    named = inspect.signature(ddp).parameters  # no buffer changes while a model trains
+    return ddp(model, **{"forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers": False})
+
+
+def fully_shard_around(whole: set[nn.Parameter], device_type: str) -> Callable:
+    """FSDP2's `fully_shard`, over all processes, that leaves some parameters whole. Raises InputError if torch is too
+    old for that."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise InputError(f"--shard needs torch 2.7 or newer, and {installed('torch')} is installed")
+    # It fears for what changes a layer's output in place, and nothing does: its gradients are tested against the whole.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+    return functools.partial(fully_shard, mesh=mesh, ignored_params=whole)
+
+
+def fetch_before(sharded: nn.Module, methods: Iterable[str]) -> None:
+    """Let these methods find the weights whole, as forward does."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    for method in methods:
+        register_fsdp_forward_method(sharded, method)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Is only a piece of it in this process?"""
+    return hasattr(parameter, "device_mesh")
 
 
 # ------------------------------------------------------------------------------------------ open_clip and timm

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from flamingo import ranks
 from flamingo.errors import InputError
 from flamingo.files import one_line, write_atomically
 from flamingo.model.vlm import VisionLanguageModel
@@ -33,7 +34,7 @@ class Best:
         if not self.patience:
             return False
         since = len(self.log.validations) - 1 - self.log.validations.index(self.log.kept())
-        if since == 0:
+        if since == 0 and ranks.is_first():
             tensors = {name: tensor.cpu() for name, tensor in self.model.trainable_state_dict().items()}
             step = {"step": str(self.log.kept()["step"])}
             write_atomically(self.file, lambda path: save_file(tensors, path, metadata=step))
@@ -47,4 +48,6 @@ class Best:
             load_trained(self.model, load_file(self.file), str(self.file))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.file}, the best weights, cannot be read: {one_line(error)}") from error
-        self.file.unlink()
+        ranks.total(0)  # now all have read it
+        if ranks.is_first():
+            self.file.unlink()

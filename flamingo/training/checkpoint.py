@@ -68,7 +68,11 @@ def own_tensors(model: VisionLanguageModel, tensors: dict[str, Tensor] | None = 
         raise InputError("the model was prepared to generate and can no longer be saved: save it before")
     _must_be_as_built(model)
     loaded = getattr(model, "backbone_samples", {})  # a model built from live parts has no named backbones
-    tensors = {name: (tensors or {}).get(name, tensor).detach() for name, tensor in model.named_parameters()}
+    tensors = {
+        name: (tensors or {}).get(name, tensor).detach()
+        for name, tensor in model.named_parameters()
+        if not compat.is_sharded(tensor)  # frozen, all of them (training/distributed.py)
+    }
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: loaded.get(name_without_adapter(name)) for name in tensors}
     repacked = {name for name, parameter in model.named_parameters() if compat.is_repacked(parameter)}
@@ -93,11 +97,12 @@ def _must_be_as_built(model: VisionLanguageModel) -> None:
     built = getattr(model, "built_shapes", None)
     if built is None:  # made of live parts: there is no config
         return
-    tensors = dict(model.named_parameters())
+    tensors = dict(model.named_parameters(remove_duplicate=False))  # a tied head is apart once it is cast
     plain = {name: name_without_adapter(name) for name in tensors}
     now = {plain[name]: built.get(plain[name]) if compat.is_repacked(t) else t.shape for name, t in tensors.items()}
     has_adapter = any(name != other for name, other in plain.items())
-    names = built.keys() if has_adapter else built.keys() | now.keys()
+    added = built.keys() - model.backbone_samples.keys()  # (a packed matrix of a backbone is no parameter)
+    names = added | (now.keys() & built.keys() if has_adapter else now.keys())
     if other := sorted(name for name in names if now.get(name) != built.get(name)):
         raise InputError(
             f"the model has other tensors than its config describes (such as {other[0]}), and could not be loaded "

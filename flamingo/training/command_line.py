@@ -4,9 +4,11 @@ import dataclasses
 import os
 from pathlib import Path
 
+from flamingo import ranks
 from flamingo.config import TrainingOptions
-from flamingo.errors import OneSentenceParser
+from flamingo.errors import InputError, OneSentenceParser
 from flamingo.presets import PRESETS, training_options
+from flamingo.run_folder import RESUME_POINT
 
 
 def parse_training_options(argv: list[str]) -> TrainingOptions:
@@ -34,6 +36,10 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
                             help=entry.metadata["help"].replace("%", "%%") + shown, **also)  # fmt: skip
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = given.get("preset", "classroom")
+    if ranks.may_restart() and not {"out", "resume"} & given.keys():
+        raise InputError("with torchrun --max-restarts, name the run folder with --out: a restart goes on in it")
+    if ranks.restarts() and "out" in given and (Path(given["out"]).expanduser() / RESUME_POINT).exists():
+        given.setdefault("resume", "")  # the same command again, after one of its processes was killed
     if "resume" in given:
         from flamingo.training.resume import options_to_resume
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from flamingo import ranks
 from flamingo.config import ModelConfig
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.evaluation.first_look import first_look
@@ -27,7 +28,8 @@ def finish(
     items: validation pictures with their captions. counts: parameters that train, and frozen ones.
     Raises InputError when these libraries would make captions nonsense; the weights are safe by then.
     """
-    save_model(folder, model, processor, config)
+    if ranks.is_first():
+        save_model(folder, model, processor, config)
     precision = lambda: autocast(device, dtype)  # noqa: E731
     check_decoding(model, precision)
     look = first_look(model, processor, items, precision)
@@ -36,6 +38,8 @@ def finish(
         "frozen_parameters": counts[1],
         "validation_captions": look and look.facts,
     }
+    if not ranks.is_first():
+        return
     write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
     (folder / RESUME_POINT).unlink()
     if summary["steps_left_out"]:

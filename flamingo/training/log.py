@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
@@ -64,6 +66,7 @@ class RunLog:
         self, folder: Path, options: TrainingOptions, launched: float, skipped: list[str], steps_done: int = 0
     ):
         self.folder, self.options, self.launched = folder, options, launched
+        self.writes = ranks.is_first()  # of several processes
         self.losses: dict[int, float] = {}  # by step
         self.left_out = 0  # steps
         self.validations: list[dict] = []
@@ -73,8 +76,9 @@ class RunLog:
         self.began = time.time()
         self._take_up(folder / METRICS, steps_done)
         with writing(folder / METRICS):
-            self.metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        if skipped:
+            file = folder / METRICS if self.writes else os.devnull
+            self.metrics = open(file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        if skipped and self.writes:
             write_atomically(
                 folder / SKIPPED, lambda path: path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
             )
@@ -83,7 +87,8 @@ class RunLog:
     def _take_up(self, file: Path, steps_done: int) -> None:
         """A resumed run: entries up to the point it goes on from count; those after it will be written again."""
         kept = read_metrics(file, steps_done) if steps_done and file.exists() else []
-        write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
+        if self.writes:
+            write_atomically(file, lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
         steps = [entry for entry in kept if "loss" in entry]
         self.validations = [entry for entry in kept if "val_loss" in entry]
         self.losses = {entry["step"]: entry["loss"] for entry in steps}
@@ -129,8 +134,8 @@ class RunLog:
             f"step {step}: validation loss {entry['val_loss']:.3f} with the picture, "
             f"{entry['val_loss_blind']:.3f} without" + (f"; attention gates {opened}" if opened else "")
         )
-        write_atomically(
-            self.folder / "training.png",
+        self._draw(
+            "training.png",
             lambda path: run_figures.training_figure(
                 path,
                 list(self.losses),
@@ -140,6 +145,10 @@ class RunLog:
                 self.kept()["step"],
             ),
         )
+
+    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        if self.writes:
+            write_atomically(self.folder / name, draw)
 
     def kept(self) -> dict:
         """The validation of the weights that a run ends with: the best one with the option patience, else the last."""
@@ -166,7 +175,7 @@ class RunLog:
         similar = [None if name == "exact_match" else float(mark) for mark in marks]
         rows = [(items[i].picture, predictions[i], items[i].truths[0], items[i].prompt, similar[i]) for i in shown]
         columns = list(zip(*rows, strict=True))  # pictures, predictions, truths, prompts, similarities
-        write_atomically(self.folder / "samples.png", lambda path: run_figures.samples_figure(path, *columns))
+        self._draw("samples.png", lambda path: run_figures.samples_figure(path, *columns))
         return self.score
 
     def summary(self, device: torch.device, dtype: str) -> dict:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.data.batches import Batch, Collate, StepSampler
 from flamingo.errors import InputError
@@ -33,7 +34,8 @@ def validate(
             totals["val_loss"] += model(**batch.inputs()).loss.item() * count
             totals["val_loss_blind"] += model(**batch.inputs(), blind=True).loss.item() * count
     model.train()
-    return {name: total / max(1, targets) for name, total in totals.items()}
+    *sums, targets = ranks.total(*totals.values(), targets)
+    return {name: total / max(1, targets) for name, total in zip(totals, sums, strict=True)}
 
 
 def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
@@ -142,5 +144,6 @@ def validation_batches(
         lm, size = model.lang_encoder.config, min(options.batch_size, len(train))
         layers = 1 if options.gradient_checkpointing else lm.num_hidden_layers
         kept = KEPT * layers * one.input_ids.numel() * lm.hidden_size * 4
-        must_fit(size * (read + kept), f"--batch-size {size:,}", "lower it and raise --accumulate by the same factor")
+        here = size * ranks.on_this_machine() / ranks.count()  # examples on this machine
+        must_fit(here * (read + kept), f"--batch-size {size:,}", "lower it and raise --accumulate by the same factor")
     return count

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
+from flamingo import ranks
 from flamingo.config import ModelConfig, TrainingOptions, to_flat
 from flamingo.errors import InputError
 from flamingo.files import must_be_regular, one_line, write_atomically
@@ -65,7 +66,8 @@ class ResumePoints:
             **self.facts,
         }
         metadata = {"resume": json.dumps(facts | {"tensors": _layout(tensors)})}
-        write_atomically(self.file, lambda path: save_file(tensors, path, metadata=metadata))
+        if ranks.is_first():  # what trains is the same in all processes
+            write_atomically(self.file, lambda path: save_file(tensors, path, metadata=metadata))
 
     def restore(self) -> tuple[int, str]:
         """Put model and optimizer back to where they were. Returns (steps done, dtype).

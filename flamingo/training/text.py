@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from flamingo import ranks
 from flamingo.classroom.documents import document_row
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
@@ -48,6 +49,8 @@ def train_on_text(options: TrainingOptions, folder: Path) -> None:
     """
     began = time.time()
     refuse_unread(options)
+    if ranks.count() > 1:
+        raise InputError(f"{options.preset} is trained by one process: start it without torchrun")
     torch.manual_seed(options.seed)
     place = device.pick_device(options.device)
     device.tune(place)
