@@ -51,6 +51,9 @@ def way_on(sentence: Callable[[], str]) -> Iterator[None]:
 def run_command(name: str, command: Callable[[], None]) -> None:
     """Run a command line: what a user can mend ends with one sentence and exit code 2, Ctrl-C with 130, another signal
     (a pipe that nobody reads is one) with 128 and its number, as a shell says it."""
+    for stream in (sys.stdout, sys.stderr):  # a name of a file that this terminal's letters cannot write
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     with _stopping_at_once(name):
         try:
             command()

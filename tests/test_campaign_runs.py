@@ -864,6 +864,13 @@ def test_output_that_nobody_reads_ends_a_command_in_one_sentence(flushed):
     assert closed.returncode == 0 and closed.stderr == b""
 
 
+def test_letters_that_a_terminal_does_not_have_are_written_otherwise():
+    code = "from flamingo.errors import run_command; run_command('it', lambda: print('ein Bär \U0001f43b'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)
+    assert (result.returncode, result.stdout) == (0, b"ein B\\xe4r \\U0001f43b\n")
+
+
 def test_checked_says_what_it_wants():
     for value, kind, words in (
         ("3", int, "must be a whole number, not '3'"), (True, float, "must be a number, not True"),

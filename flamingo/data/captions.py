@@ -17,6 +17,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -205,7 +206,7 @@ def _name(picture) -> str | None:
 
 # ------------------------------------------------------------------------------------------------- loading
 def load_captions(
-    source: str, *, image_column: str | None = None, caption_columns: str | None = None, seed: int = 0,
+    source: str | Path, *, image_column: str | None = None, caption_columns: str | None = None, seed: int = 0,
     answer_columns: AnswerColumns | None = None, allow_outside: bool = False,
 ) -> dict[str, CaptionedPictures]:  # fmt: skip
     """Every split of a captioned set, by name; there is always a `train` and a `validation`.
@@ -215,6 +216,9 @@ def load_captions(
     allow_outside: files outside of the set's own folder may be named. Raises InputError when the set cannot be found,
     its columns cannot be found, it names files that must not be read, or most of it is broken.
     """
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"a data set is named by a text or a path, not by {source!r:.60}")
+    source = str(source)
     splits, place = read_splits(source, allow_outside)
     if "train" not in splits:
         splits["train"] = replace(next(iter(splits.values())))
