@@ -39,6 +39,8 @@ from flamingo.training.log import read_metrics
 from flamingo.training.optimizer import make_optimizer
 from flamingo.training.resume import ResumePoints, read_facts
 
+pytestmark = pytest.mark.usefixtures("bounded_memory")
+
 ROOT = Path(__file__).resolve().parent.parent
 # A command that a shell started in the background ignores Ctrl-C, and so would its children.
 HEARS_CTRL_C = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}

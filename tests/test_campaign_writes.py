@@ -128,6 +128,7 @@ def test_odd_surroundings(pictures, tmp_path, monkeypatch, capsys):
 
 
 # --------------------------------------------------------------------------------------------- straight into the data
+@pytest.mark.usefixtures("bounded_memory")
 @pytest.mark.parametrize("source", [None, 3, b"x", [], "", " ", "\0", "nobody/no such", Path("/nowhere"), "x" * 5000])
 def test_what_names_no_data_set(source):
     with pytest.raises(InputError):
@@ -139,6 +140,7 @@ def test_a_path_names_a_data_set_as_well_as_its_text_does(pictures):
     assert {name: len(s) for name, s in by_path.items()} == {name: len(s) for name, s in by_text.items()}
 
 
+@pytest.mark.usefixtures("bounded_memory")
 @pytest.mark.parametrize("picture", [
     "", "/nowhere.png", "http://127.0.0.1:9/x.jpg", "data:image/png;base64,zzzz", np.zeros((0, 0, 3), dtype="uint8"),
     torch.zeros(3, 0, 4), np.zeros((4, 4, 7)), np.full((4, 4, 3), np.nan), np.full((4, 4, 3), -1), Path("/dev/null"),
@@ -157,6 +159,7 @@ class Encoder(torch.nn.Module):
         return torch.full((len(pixels), int(pixels.flatten()[0]), 8), float(pixels.flatten()[1]))
 
 
+@pytest.mark.usefixtures("bounded_memory")
 @pytest.mark.parametrize("values, message", [
     ([], "is for no picture"), ([(4.0, 1.0)] * 16 + [(5.0, 1.0)], "different numbers of features"),
     ([(4.0, float("nan"))], "too large for float16"), ([(4.0, 1e9)], "too large for float16"),
