@@ -100,7 +100,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
             loss += part.detach()
         ranks.add_up(loss)
         norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
-        loss = loop.finite_loss(step, loss, norm, train_set, points)
+        loss = loop.finite_loss(step, loss, norm, train_set, points, log.left_out)
         if loss is not None:  # else the step is left out
             adamw.step()
             optimizer.open_gates(model, step, options)

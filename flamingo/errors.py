@@ -1,8 +1,8 @@
 """Mistakes a user can mend: one sentence each, and exit code 2. Internal errors keep their traceback.
 
 What this file teaches: how a command may end. With a sentence for what the user can mend (an option, a file, a full
-disk, too little memory); with a traceback for what only we can mend; and at Ctrl-C at once, wherever it is, with the
-command that goes on.
+disk, too little memory); with a traceback for what only we can mend; and at Ctrl-C and the like at once, wherever it
+is, with the command that goes on.
 """
 
 import argparse
@@ -52,10 +52,19 @@ def way_on(sentence: Callable[[], str]) -> Iterator[None]:
 
 
 def run_command(name: str, command: Callable[[], None]) -> None:
-    """Run a command line: what a user can mend ends with one sentence and exit code 2, Ctrl-C with 130."""
+    """Run a command line: what a user can mend ends with one sentence and exit code 2, Ctrl-C with 130, another signal
+    (a pipe that nobody reads is one) with 128 and its number, as a shell says it."""
+    for stream in (sys.stdout, sys.stderr):  # a name of a file that this terminal's letters cannot write
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     with _stopping_at_once(name):
         try:
             command()
+            if sys.stdout is not None:  # as it is where a shell has closed it
+                sys.stdout.flush()  # here, where a pipe that nobody reads is caught
+        except BrokenPipeError:  # `| head -1` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail once more
+            _leave(f"{name}: stopped, for nobody reads its output any more", 128 + 13)
         except KeyboardInterrupt:
             _leave(stopped(name), 130)
         except Exception as error:
@@ -93,29 +102,35 @@ def stopped(name: str) -> str:
     return f"\n{name}: stopped" + "".join(f"; {sentence()}" for sentence in _ways_on[-1:])
 
 
+# Ctrl-C, a polite kill (of a scheduler, of `docker stop`), a terminal that is closed.
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def _stopping_at_once(name: str) -> Iterator[None]:
-    """Let Ctrl-C end the process there and then. As an exception it would pass through whatever is being imported or
-    called, and there are libraries that swallow it and others that abort. All that a run keeps is whole at any moment,
-    for it must survive a kill as well."""
+    """Let the signals of STOPS end the process there and then. As an exception Ctrl-C would pass through whatever is
+    being imported or called, and there are libraries that swallow it and others that abort. All that a run keeps is
+    whole at any moment, for it must survive a kill as well."""
     parent = os.getpid()
 
-    def stop(*_) -> None:
+    def stop(number: int, _) -> None:
         # A process that prepares pictures, or one of several that torchrun started: another one speaks.
         if os.getpid() != parent or os.environ.get("RANK", "0") != "0":
-            os._exit(130)
+            os._exit(128 + number)
         sentence = stopped(name)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        os.write(2, f"{sentence}\n".encode())
-        os._exit(130)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, f"{sentence}\n".encode())
+        os._exit(128 + number)
 
-    before = None
+    before = {}
     with contextlib.suppress(ValueError):  # not the main thread
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
-            before = signal.signal(signal.SIGINT, stop)
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of a job in the background, or under nohup
+                before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

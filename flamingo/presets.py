@@ -61,6 +61,14 @@ PRESETS = {
         },
         "training": _LARGE_TRAINING,
     },
+    "medical": {  # chest X-rays and their reports; what it must not be used for: README
+        "model": {
+            "language.name": "microsoft/biogpt",
+            "vision.name": "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+            "tokenizer.max_num_frames": 4,
+        },
+        "training": {name: value for name, value in _LARGE_TRAINING.items() if name != "data"} | {"max_tokens": 160},
+    },
 }  # fmt: skip
 
 # A language model on text alone (training/text.py), of the size of the classroom's OPT. "palm": fields of PaLMConfig.

@@ -18,6 +18,7 @@ from flamingo.limits import checked_fields, quoted
 from flamingo.presets import training_options
 
 SUMMARY, RESUME_POINT, METRICS, SKIPPED = "summary.json", "resume.safetensors", "metrics.jsonl", "skipped.txt"
+BEST = "best.safetensors"  # the weights of the best validation so far, of a run with --patience
 LOCK = ".lock"
 PATIENCE = 8.0  # seconds: the workers of a killed run hold its lock until they notice, which takes them up to 5
 
@@ -98,12 +99,18 @@ def held(folder: Path, patience: float | None = None) -> Iterator[Path]:
     try:
         remove_unfinished(folder)
         if (folder / SUMMARY).exists():  # the kill came between the last two things a training does
-            (folder / RESUME_POINT).unlink(missing_ok=True)
+            remove_what_a_finished_run_needs_no_more(folder)
         yield folder
     finally:
         with contextlib.suppress(OSError):  # Windows removes no file that is open
             (folder / LOCK).unlink()
         lock.release()
+
+
+def remove_what_a_finished_run_needs_no_more(folder: Path) -> None:
+    """Not before there is a summary: until then a run that cannot write one must be able to go on."""
+    for name in (RESUME_POINT, BEST):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _contents(folder: Path) -> set[str]:

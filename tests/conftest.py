@@ -94,3 +94,28 @@ def texts() -> torch.Tensor:
 def pictures() -> torch.Tensor:
     """(2, 2, 1, 3, 8, 8): two texts, two pictures each, one frame."""
     return torch.randn(2, 2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+# --------------------------------------------------------------------------------------- what an input may cost
+MOST = 250 * 2**20  # bytes by which this process may grow during one input of a campaign, what it imports included
+
+
+def _memory(field: str) -> int:
+    """VmRSS, what this process holds now, or VmHWM, the most it has held, in bytes."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
+
+
+@pytest.fixture
+def bounded_memory(record_property):
+    """Fails a test that has held MOST more bytes, at any moment, than before it; records its peak (--junit-xml)."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        yield  # no Linux
+        return
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # begins anew
+    before = _memory("VmRSS")
+    yield
+    grown = _memory("VmHWM") - before
+    record_property("peak_megabytes", round(grown / 2**20))
+    assert grown < MOST, f"this input took {grown / 2**20:.0f} MB"

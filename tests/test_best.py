@@ -13,7 +13,7 @@ import train
 from flamingo.config import TrainingOptions
 from flamingo.data.batches import Batch
 from flamingo.errors import InputError
-from flamingo.run_folder import in_run_folder
+from flamingo.run_folder import BEST, in_run_folder, remove_what_a_finished_run_needs_no_more
 from flamingo.training import best, loop
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.log import RunLog
@@ -41,7 +41,10 @@ def test_the_best_weights_come_back_when_it_has_got_no_better(tmp_path, log):
     assert stops == [False, False, False, True]
     kept.restore()
     assert (latents == 2).all()  # as after the second validation, the one with the least loss
-    assert log.kept()["step"] == 2 and not (tmp_path / best.FILE).exists()
+    assert log.kept()["step"] == 2 and (tmp_path / BEST).exists()  # for a run whose summary finds the disk full
+    kept.restore()
+    remove_what_a_finished_run_needs_no_more(tmp_path)
+    assert not (tmp_path / BEST).exists()
 
 
 def test_without_patience_nothing_is_kept_and_nothing_stops(tmp_path):
@@ -49,13 +52,13 @@ def test_without_patience_nothing_is_kept_and_nothing_stops(tmp_path):
     kept = best.Best(tmp_path, tiny_flamingo(), log, patience=0)
     assert [validated(log, kept, step, 1.0 + step) for step in range(5)] == [False] * 5
     kept.restore()
-    assert log.kept()["step"] == 4 and not (tmp_path / best.FILE).exists()
+    assert log.kept()["step"] == 4 and not (tmp_path / BEST).exists()
 
 
 def test_best_weights_that_were_taken_away_are_missed(tmp_path, log):
     kept = best.Best(tmp_path, tiny_flamingo(), log, patience=1)
     validated(log, kept, 1, 1.0)
-    (tmp_path / best.FILE).unlink()
+    (tmp_path / BEST).unlink()
     with pytest.raises(InputError, match=r"best\.safetensors, the best weights, cannot be read"):
         kept.restore()
 
@@ -90,7 +93,7 @@ def test_a_run_that_gets_worse_ends_early_with_the_weights_it_had_before(tmp_pat
     assert summary["steps"] == least["step"] == validations[-3]["step"] < 40
     assert summary["final_val_loss"] == least["val_loss"]
     assert f"weights of step {least['step']}" in capsys.readouterr().out
-    assert not (tmp_path / "run" / best.FILE).exists()
+    assert not (tmp_path / "run" / BEST).exists()
     assert load_file(tmp_path / "run" / "model.safetensors")
 
 

@@ -27,6 +27,8 @@ from flamingo.data.captions import CaptionedPictures, load_captions
 from flamingo.data.pictures import LARGE
 from flamingo.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("bounded_memory")
+
 GOOD = 4  # whole pictures in every set
 OUTSIDE = "outside.png"  # a picture beside the folder of the set
 

@@ -26,6 +26,8 @@ from flamingo.data.places import files_below
 from flamingo.errors import InputError
 from flamingo.evaluation.test_set import captioned_test_set
 
+pytestmark = pytest.mark.usefixtures("bounded_memory")
+
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 def turned(orientation: int) -> bytes:

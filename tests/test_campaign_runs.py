@@ -39,6 +39,8 @@ from flamingo.training.log import read_metrics
 from flamingo.training.optimizer import make_optimizer
 from flamingo.training.resume import ResumePoints, read_facts
 
+pytestmark = pytest.mark.usefixtures("bounded_memory")
+
 ROOT = Path(__file__).resolve().parent.parent
 # A command that a shell started in the background ignores Ctrl-C, and so would its children.
 HEARS_CTRL_C = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -249,7 +251,7 @@ def facts_file(folder: Path, facts: dict | str) -> None:
     save_file({"x": torch.zeros(1)}, folder / RESUME_POINT, metadata={"resume": text})
 
 
-GOOD_FACTS = {"step": 3, "skipped": 0, "dtype": "float32", "options": dataclasses.asdict(TrainingOptions()),
+GOOD_FACTS = {"step": 3, "dtype": "float32", "options": dataclasses.asdict(TrainingOptions()),
               "backbones": "0" * 16, "data": "0" * 16, "tensors": "0" * 16}  # fmt: skip
 
 
@@ -525,9 +527,9 @@ def test_a_step_that_is_not_finite_ends_the_run(loss, norm, what, points, tmp_pa
     examples = Captions(*"abcdefgh")
     examples.length = lambda index: 1
     points.options = options(batch_size=2, accumulate=2, seed=5)
-    assert loop.finite_loss(2, torch.tensor(1.5), torch.tensor(0.5), examples, points) == 1.5
+    assert loop.finite_loss(2, torch.tensor(1.5), torch.tensor(0.5), examples, points, 0) == 1.5
     with pytest.raises(InputError, match=what) as stopped:
-        loop.finite_loss(2, torch.tensor(loss), torch.tensor(norm), examples, points)
+        loop.finite_loss(2, torch.tensor(loss), torch.tensor(norm), examples, points, 0)
     steps = list(StepSampler(examples.length, 8, 2, steps=6, seed=5))
     read = ", ".join(map(str, [*steps[4], *steps[5]]))
     assert f"(training examples {read})" in str(stopped.value) and "keeps the state of step 3" in str(stopped.value)
@@ -805,7 +807,9 @@ from flamingo.run_folder import in_run_folder
 def train(_, folder):
     for name in sys.argv[2:]:
         (folder / name).write_text("x")
-    os.kill(os.getpid(), signal.SIGINT)
+    number = getattr(signal, os.environ.get("STOP", "SIGINT"))
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)  # an impatient user
 run_command("it", lambda: in_run_folder(train, training_options({"out": sys.argv[1]})))
 """
 
@@ -824,6 +828,49 @@ def test_what_ctrl_c_says_where_a_run_is(written, word, tmp_path):
     with held(folder):  # the lock ended with its process
         pass
     assert names(folder) == sorted(set(written) - ({RESUME_POINT} if SUMMARY in written else set()))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_polite_kill_and_a_closed_terminal_are_heard_like_ctrl_c(name, tmp_path):
+    command = [sys.executable, "-c", STOPPED, tmp_path / "run", METRICS, RESUME_POINT]
+    environment = os.environ | {"STOP": name}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, **HEARS_CTRL_C)
+    assert result.returncode == 128 + getattr(signal, name)
+    assert (
+        result.stderr
+        == f"\nit: stopped; python train.py --resume {tmp_path / 'run'} goes on from the last point that was kept\n"
+    )
+    ignored = HEARS_CTRL_C | {"preexec_fn": lambda: signal.signal(getattr(signal, name), signal.SIG_IGN)}
+    again = [sys.executable, "-c", STOPPED, tmp_path / "again", SUMMARY]  # as under nohup: it goes on
+    assert subprocess.run(again, cwd=ROOT, env=environment, **ignored).returncode == 0
+
+
+PRINTS = """
+import sys
+from flamingo.errors import run_command
+run_command("it", lambda: [print("line", flush=len(sys.argv) > 1) for _ in range(9)])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its pipes break otherwise")
+@pytest.mark.parametrize("flushed", [[], ["at once"]])
+def test_output_that_nobody_reads_ends_a_command_in_one_sentence(flushed):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", PRINTS, *flushed]
+    result = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "it: stopped, for nobody reads its output any more\n")
+    closed = subprocess.run([*command[:2], PRINTS], cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert closed.returncode == 0 and closed.stderr == b""
+
+
+def test_letters_that_a_terminal_does_not_have_are_written_otherwise():
+    code = "from flamingo.errors import run_command; run_command('it', lambda: print('ein Bär \U0001f43b'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)
+    assert (result.returncode, result.stdout) == (0, b"ein B\\xe4r \\U0001f43b\n")
 
 
 def test_checked_says_what_it_wants():

@@ -25,6 +25,8 @@ from flamingo.data.pictures import LARGE, open_picture
 from flamingo.data.places import Unusable
 from flamingo.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("bounded_memory")
+
 
 @dataclass
 class Fuzzer:

@@ -17,6 +17,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -64,7 +65,7 @@ class CaptionedPictures(Dataset):
         self.numbered: list[tuple[int, int]] = []
         self.first_number: dict[int, int] = {}  # row → number of its first picture
         self.without_caption: list[str] = []
-        self.shown: list[bytes] = []  # of each example a hash of its pictures
+        self.shown: list[bytes] = []  # of each example its study, or else a hash of its pictures
         self._check_all()
 
     def _pictures(self, row: dict) -> list:
@@ -104,8 +105,8 @@ class CaptionedPictures(Dataset):
                 self.lengths.append(max(sum(len(chunk.prompt + chunk.caption) for chunk in text) for text in texts))
                 self.first_number[i] = len(self.numbered)
                 self.numbered += [(i, k) for k in range(len(pictures))]
-                self.shown.append(b"".join(hashes))
-                digest.update(self.shown[-1])
+                self.shown.append(repr(row["study"]).encode() if row.get("study") else b"".join(hashes))
+                digest.update(b"".join(hashes))
             else:
                 self.without_caption.append(name)
         self.fingerprint = digest.hexdigest()[:16]
@@ -124,7 +125,8 @@ class CaptionedPictures(Dataset):
 
     def split_off(self, share: float, seed: int) -> tuple["CaptionedPictures", "CaptionedPictures"]:
         """Two sets, the second with `share` of the pictures, at least two if that leaves as many. What shows the same
-        pictures stays together, as where each caption has a row. Raises InputError if there is but one example."""
+        pictures stays together, as where each caption has a row, and what is of one study. Raises InputError if there
+        is but one example."""
         if len(self) < 2:
             raise InputError(f"{self.where} has {len(self)} usable example: training needs at least 2")
         same = {shown: number for number, shown in enumerate(dict.fromkeys(self.shown))}
@@ -205,7 +207,7 @@ def _name(picture) -> str | None:
 
 # ------------------------------------------------------------------------------------------------- loading
 def load_captions(
-    source: str, *, image_column: str | None = None, caption_columns: str | None = None, seed: int = 0,
+    source: str | Path, *, image_column: str | None = None, caption_columns: str | None = None, seed: int = 0,
     answer_columns: AnswerColumns | None = None, allow_outside: bool = False,
 ) -> dict[str, CaptionedPictures]:  # fmt: skip
     """Every split of a captioned set, by name; there is always a `train` and a `validation`.
@@ -215,6 +217,9 @@ def load_captions(
     allow_outside: files outside of the set's own folder may be named. Raises InputError when the set cannot be found,
     its columns cannot be found, it names files that must not be read, or most of it is broken.
     """
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"a data set is named by a text or a path, not by {source!r:.60}")
+    source = str(source)
     splits, place = read_splits(source, allow_outside)
     if "train" not in splits:
         splits["train"] = replace(next(iter(splits.values())))

@@ -86,8 +86,11 @@ class FeatureCache:
             device, workers: where the encoder is, and processes that prepare pictures.
 
         Raises:
-            InputError: too little disk, the folder cannot be written, or a feature is too large for float16.
+            InputError: no picture, too little disk, the folder cannot be written, or the encoder gives features too
+                large for float16 or of another number than for the first picture.
         """
+        if not len(pictures):
+            raise InputError(f"the feature cache {folder} is for no picture: there is none to encode")
         first = pictures[0]
         shape = (len(first), *encoder(first.to(device)).shape[1:])
         cache = cls(folder, len(pictures), shape, key)
@@ -182,6 +185,8 @@ class FeatureCache:
                 if not features.isfinite().all():
                     raise InputError(f"{encoder.name} gives features too large for float16: use --cache off")
                 rows = features.reshape(len(pixels), -1).numpy().astype("<f2")
+                if rows[0].nbytes != self.row_bytes:
+                    raise InputError(f"{encoder.name} gives pictures different numbers of features: use --cache off")
                 data.write(rows.tobytes())
                 _to_disk(data)
                 sums.write(np.array([zlib.crc32(row.tobytes()) for row in rows], dtype="<u4").tobytes())

@@ -5,6 +5,7 @@ What this file teaches: the forms in which captioned sets lie on a disk. A folde
     metadata.jsonl (or .csv, .parquet)   a row for each picture, with its file_name; sub-folders may have their own
     pictures in class folders            cat/1.jpg, dog/1.jpg: the folder is the label
     tables and no pictures               train.jsonl, test-00000-of-00001.parquet: with names of pictures or their bytes
+                                         (or train.json, test.json of the layout of chex.py, with pictures beside them)
 
 and what is below a folder called train, validation or test is that split. A name that starts with train is a split only
 for a table: crash test dummy.jpg is a picture like any other.
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flamingo.data.chex import read_chex
 from flamingo.data.pictures import SUFFIXES
 from flamingo.data.places import SPLITS, Place, cause_of, files_below, shown, split_named_by
 from flamingo.data.tables import TABLES, Columns, check_parquet, rows_of
@@ -101,7 +103,7 @@ def _read_folder(folder: Path, place: Place) -> dict[str, Split]:
         raise InputError(f"{shown(folder)} has a metadata.jsonl and another beside it: keep one of them")
     if metadata:
         return _with_metadata(folder, metadata, pictures)
-    if pictures:
+    if pictures and not (tables and all(map(read_chex, tables))):
         return _class_folders(folder, pictures, tables)
     if not tables:
         raise InputError(f"{shown(folder)} holds neither pictures nor tables ({', '.join(TABLES)}): see README")
@@ -192,12 +194,16 @@ def _read_tables(tables: list[Path]) -> Split:
     """The rows of one or several tables of a split."""
     if any(table.suffix.lower() == ".parquet" for table in tables):
         return _read_parquet(tables)
-    columns, bases = Columns(), []
+    columns, bases, notes = Columns(), [], []
     for table in tables:
-        for where, row in rows_of(table):
+        chex = read_chex(table)
+        for where, row in chex.rows() if chex else rows_of(table):
             columns.add(row, where)
             bases.append(table.parent)
-    return Split(columns.dataset(str(tables[0])), bases, _listed(table.name for table in tables))
+        notes += chex.notes if chex else []
+    if notes and not bases:
+        raise InputError(f"{shown(tables[0])}: no study can be used; the first: {notes[0]}")
+    return Split(columns.dataset(str(tables[0])), bases, _listed(table.name for table in tables), notes)
 
 
 def _read_parquet(tables: list[Path]) -> Split:

@@ -14,13 +14,16 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from flamingo.data.dicom import decode_dicom, is_dicom
 from flamingo.data.places import Place, Unusable, read_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".avif",
+    ".pbm", ".pnm", ".avif", ".dcm", ".dicom",
 )  # fmt: skip
+# Bits that count, of a picture with more than 8: X-rays of 12 bits lie in files of 16, and would be nearly black.
+DEPTHS = (8, 10, 12, 14, 16)
 MOST_PIXELS = 64_000_000  # that are decoded: 256 MB
 LARGE = 16_000_000  # a picture with more pixels is reduced; encoders read 50,000 to 1,000,000
 MOST_ASPECT = 200  # resizing the short side of a thinner picture to an encoder's size makes the long side immense
@@ -28,12 +31,12 @@ REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F")  # modes whose
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode → RGB, upright: transparency falls on white, 16 bits become 8."""
+    """Any mode → RGB, upright: transparency falls on white, 10 to 16 bits become 8."""
     picture = _upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: convert() would clip at 255
-        _, high = picture.convert("F").getextrema()
-        scale = 255 / 65535 if high > 255 else 1
-        return picture.convert("F").point(lambda value: value * scale).convert("L").convert("RGB")
+        values = picture.convert("F")
+        white = next((2**bits - 1 for bits in DEPTHS if values.getextrema()[1] < 2**bits), values.getextrema()[1])
+        return values.point(lambda value: value * (255 / white)).convert("L").convert("RGB")
     if picture.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, "white")
@@ -80,6 +83,8 @@ def open_picture(file: bytes | str | Path, *, thumbnail: bool = False) -> Image.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow about sizes, for example: ours is an error
+            if is_dicom(data):
+                return to_rgb(_reduced(decode_dicom(data, MOST_PIXELS)))
             with Image.open(io.BytesIO(data), formats=_formats()) as picture:
                 _decode(picture, 8 if thumbnail else math.sqrt(math.prod(picture.size) / LARGE))
                 return to_rgb(_reduced(picture))

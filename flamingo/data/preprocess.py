@@ -34,15 +34,25 @@ def as_pil(picture: Picture) -> Image.Image:
             return picture
         if isinstance(picture, (np.ndarray, Tensor)):
             array = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else picture
+            if not array.size:
+                raise ValueError("it is empty")
             return to_pil_image(array[..., None] if array.ndim == 2 else array)
         if str(picture).startswith(("http://", "https://", "data:")):
-            return load_image(str(picture))
+            return _load_from_web(str(picture))
         return open_picture(picture)
     except Unusable as error:
         raise InputError(f"{picture} {error}") from error
     except (OSError, ValueError, TypeError) as error:
         what = f"an array of shape {tuple(picture.shape)}" if hasattr(picture, "shape") else picture
         raise InputError(f"{what} cannot be read as a picture ({type(error).__name__}: {error})") from error
+
+
+def _load_from_web(address: str) -> Image.Image:
+    """Raises OSError for all that can go wrong on the way, for which each version of transformers has its own."""
+    try:
+        return load_image(address)
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 class Preprocess:

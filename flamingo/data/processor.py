@@ -33,7 +33,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-OF_A_TEXT = {"padding", "padding_side", "truncation", "max_length", "add_special_tokens"}
+OF_A_TEXT = {
+    "padding", "padding_side", "truncation", "max_length", "length", "add_special_tokens", "return_attention_mask",
+    "device",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class FlamingoProcessor(ProcessorMixin):
         self.chat_template = CHAT_TEMPLATE
         self.tokenizer, self.image_processor = tokenizer, image_processor
         tokenizer.padding_side = "left"  # where a pipeline fills up the texts of a batch that are to go on
+
+    vision_processor = property(lambda self: self.image_processor)  # flamingo-mini's name for it
 
     # Of whatever tokenizer there is now: a user may set its pad token, or exchange it.
     media_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids(MEDIA_TOKEN))
@@ -146,8 +151,6 @@ class FlamingoProcessor(ProcessorMixin):
         are pictures, 0 where a text has fewer than T_img. Raises ValueError when pictures and tags disagree,
         InputError for an option that has no meaning here.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' (torch) is offered")
         if videos is not None or audio is not None:
             raise ValueError("a Flamingo takes images and text, no videos or audio")
         if text is None and images is None:
@@ -158,9 +161,10 @@ class FlamingoProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         text_options |= text_kwargs or {}
         refuse_options("FlamingoProcessor", text_options, OF_A_TEXT)
-        inputs = self.encode_text(texts, **{name: text_options[name] for name in OF_A_TEXT & text_options.keys()})
+        given = {name: text_options[name] for name in OF_A_TEXT & text_options.keys()}
+        inputs = self.encode_text(texts, return_tensors=return_tensors, **given)
         if pictures is not None:
-            inputs["pixel_values"] = self._pixels_by_text(self._deal_out(pictures, texts))
+            inputs["pixel_values"] = self._pixels_by_text(self._deal_out(pictures, texts)).to(given.get("device"))
         return inputs
 
     def encode_text(
@@ -171,7 +175,11 @@ class FlamingoProcessor(ProcessorMixin):
         padding_side: str = "left",
         truncation: bool | None = None,
         max_length: int | None = None,
+        length: int | None = None,
         add_special_tokens: bool = True,
+        return_attention_mask: bool = True,
+        return_tensors: str = "pt",
+        device: torch.device | str | None = None,
     ) -> BatchFeature:
         """Texts → input_ids, attention_mask, media_locations (B, T_txt).
 
@@ -179,8 +187,13 @@ class FlamingoProcessor(ProcessorMixin):
             padding: texts of unequal length are filled up to the longest; "max_length": to max_length tokens.
             padding_side: left to generate, right to train.
             truncation: cut texts to max_length; by default if that is given and no length of padding.
+            length: fill up or cut every text to this many tokens. device: where the tensors are to be.
             add_special_tokens: begin a text as the language model was trained, if with a token of its own.
         """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' (torch) is offered")
+        if length is not None:
+            padding, truncation, max_length = "max_length", True, length
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("the batch is empty: give at least one text")
@@ -195,13 +208,9 @@ class FlamingoProcessor(ProcessorMixin):
         if padding in (False, "do_not_pad") and len({len(row) for row in rows}) > 1:
             raise ValueError("texts of unequal length need padding=True to stand in one tensor")
         input_ids, attention_mask = self.pad(rows, padding_side, max_length if padding == "max_length" else 0)
-        return BatchFeature(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "media_locations": self.get_media_locations(input_ids),
-            }
-        )
+        read = {"input_ids": input_ids, "media_locations": self.get_media_locations(input_ids)}
+        read |= {"attention_mask": attention_mask} if return_attention_mask else {}
+        return BatchFeature({name: tensor.to(device) for name, tensor in read.items()})
 
     def get_media_locations(self, input_ids: Tensor) -> Tensor:
         """(B, T_txt) bool: where the <image> tokens are."""
@@ -221,6 +230,8 @@ class FlamingoProcessor(ProcessorMixin):
         for token in (MEDIA_TOKEN, EOC_TOKEN, *self.tokenizer.all_special_tokens):
             text = text.replace(token, "")
         return text.strip()
+
+    _remove_tags = remove_tags
 
     def preprocess_images(self, pictures: Picture | Iterable[Picture]) -> Tensor:
         """N pictures (see `__call__`) → (N, F=1, C, H, W)."""

@@ -167,6 +167,8 @@ class FlamingoModel(LoadAndSave, Generate, Adapters, PreTrainedModel, Generation
     def resize_token_embeddings(self, *_, **__) -> None:
         raise InputError("the vocabulary is that of the frozen language model: resize that, and name the new one")
 
+    lm_head = property(lambda self: self.get_output_embeddings())  # flamingo-mini's name
+
     def get_output_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_output_embeddings()
 

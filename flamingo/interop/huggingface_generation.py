@@ -98,13 +98,16 @@ class Generate:
         images: Image.Image | Sequence[Image.Image] | None = None,
         pixel_values: Tensor | None = None,
         prompt: str = MEDIA_TOKEN,
+        device: torch.device | str | None = None,
         **generation_options,
     ) -> list[str]:
         """One caption for each picture (with num_return_sequences=k, k for each, side by side).
 
         images: PIL pictures or files. pixel_values: (N, C, H, W) or (N, F, C, H, W) instead. prompt: with one <image>;
-        it is not part of what comes back.
+        it is not part of what comes back. device: move the model there first; where it is if not given.
         """
+        if device is not None:
+            self.to(device)
         if (images is None) == (pixel_values is None):
             raise ValueError("give images or pixel_values, one of them")
         if prompt.count(MEDIA_TOKEN) != 1:
@@ -121,6 +124,10 @@ class Generate:
             **text, pixel_values=pixel_values.to(self.device, self.dtype)[:, None], **generation_options
         )
         return processor.decode_captions(generated, text["input_ids"].shape[1])
+
+    def prepare_captions(self, captions: Sequence[str]) -> list[str]:
+        """As the model is trained on them: `FlamingoProcessor.prepare_captions`."""
+        return self.processor.prepare_captions(captions)
 
     def score_sequences(
         self,

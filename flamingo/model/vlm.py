@@ -103,7 +103,7 @@ class VisionLanguageModel(TextGeneration, nn.Module):
         self.media_token_id, self.eoc_token_id, self.pad_token_id = tokens
         self.train_language_model(False)
 
-    vision_tokenizer = property(lambda self: self.perceiver)
+    vision_tokenizer = resampler = property(lambda self: self.perceiver)  # ours and flamingo-mini's name
 
     # ---------------------------------------------------------------------------------------- what trains
     def train(self, mode: bool = True) -> "VisionLanguageModel":

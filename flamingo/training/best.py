@@ -17,17 +17,16 @@ from flamingo import ranks
 from flamingo.errors import InputError
 from flamingo.files import one_line, write_atomically
 from flamingo.model.vlm import VisionLanguageModel
+from flamingo.run_folder import BEST
 from flamingo.training.checkpoint import load_trained
 from flamingo.training.log import RunLog
-
-FILE = "best.safetensors"
 
 
 class Best:
     """With patience 0 it does nothing: a run trains all its steps and keeps the last weights."""
 
     def __init__(self, folder: Path, model: VisionLanguageModel, log: RunLog, patience: int):
-        self.file, self.model, self.log, self.patience = folder / FILE, model, log, patience
+        self.file, self.model, self.log, self.patience = folder / BEST, model, log, patience
 
     def should_stop(self) -> bool:
         """After a validation: keep the weights if it is the best so far; True if there was none better for too long."""
@@ -41,7 +40,7 @@ class Best:
         return since >= self.patience
 
     def restore(self) -> None:
-        """At the end: the best weights, and no file any more. Raises InputError if somebody took it away."""
+        """At the end: the best weights. (Their file goes when the run is finished.) Raises InputError if it is gone."""
         if not self.patience:
             return
         try:
@@ -49,5 +48,3 @@ class Best:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.file}, the best weights, cannot be read: {one_line(error)}") from error
         ranks.total(0)  # now all have read it
-        if ranks.is_first():
-            self.file.unlink()

@@ -14,7 +14,7 @@ from flamingo.fast.precision import autocast
 from flamingo.files import write_json
 from flamingo.interop.selfcheck import check_decoding
 from flamingo.model.vlm import VisionLanguageModel
-from flamingo.run_folder import METRICS, RESUME_POINT, SUMMARY
+from flamingo.run_folder import METRICS, SUMMARY, remove_what_a_finished_run_needs_no_more
 from flamingo.training.checkpoint import save_model
 from flamingo.training.log import RunLog
 
@@ -41,7 +41,7 @@ def finish(
     if not ranks.is_first():
         return
     write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
-    (folder / RESUME_POINT).unlink()
+    remove_what_a_finished_run_needs_no_more(folder)
     if summary["steps_left_out"]:
         print(f"{summary['steps_left_out']} of {summary['steps']} steps were left out (see {folder}/{METRICS})")
     print(

@@ -89,9 +89,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return _counts(model.parameters())
 
 
-def finite_loss(step: int, loss: Tensor, norm: Tensor, examples: Dataset, points: ResumePoints) -> float | None:
+def finite_loss(
+    step: int, loss: Tensor, norm: Tensor, examples: Dataset, points: ResumePoints, left_out: int
+) -> float | None:
     """The loss of a step as a number: the only look at values in a step, once its gradient has been queued and before
-    any weight moves. norm: of the gradient.
+    any weight moves. norm: of the gradient. left_out: steps that were, so far.
 
     None for a step to leave out, as its loss or norm is not finite: all weights would be nonsense from there on. Raises
     InputError if that is one more than --skip-bad-steps allows.
@@ -101,12 +103,11 @@ def finite_loss(step: int, loss: Tensor, norm: Tensor, examples: Dataset, points
            if not math.isfinite(value)]  # fmt: skip
     if not bad:
         return values[0]
-    if points.skipped < points.options.skip_bad_steps:
-        points.skipped += 1
+    if left_out < points.options.skip_bad_steps:
         return None
     (name, value), read = bad[0], examples_of_step(step, examples, points.options)
     shown = ", ".join(map(str, read[:8])) + (", …" if len(read) > 8 else "")
-    before = f", and {points.skipped} before it were left out" if points.skipped else ""
+    before = f", and {left_out} before it were left out" if left_out else ""
     way = way_out(points.file.parent)
     raise InputError(f"the {name} of step {step + 1} is {value} (training examples {shown}){before}: {way}")
 

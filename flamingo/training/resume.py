@@ -29,7 +29,7 @@ from flamingo.presets import training_options
 from flamingo.run_folder import RESUME_POINT, SUMMARY
 from flamingo.training.checkpoint import check_finite, load_trained
 
-FACTS = {"step": int, "skipped": int, "dtype": str, "options": dict, "backbones": str, "data": str, "tensors": str}
+FACTS = {"step": int, "dtype": str, "options": dict, "backbones": str, "data": str, "tensors": str}
 
 
 class ResumePoints:
@@ -38,8 +38,6 @@ class ResumePoints:
     Args:
         folder: the run folder. model, optimizer: what trains. config: as built, with the backbones' fingerprints.
         data: the sets it reads.
-
-    Attribute skipped: steps left out so far, for a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -47,7 +45,6 @@ class ResumePoints:
         config: ModelConfig, data: Sequence[Dataset],
     ):  # fmt: skip
         self.file, self.model, self.optimizer, self.options = folder / RESUME_POINT, model, optimizer, options
-        self.skipped = 0
         self.facts = {"backbones": _hash(to_flat(config)), "data": _hash([_contents(examples) for examples in data])}
 
     def save(self, step: int, dtype: str) -> None:
@@ -58,13 +55,7 @@ class ResumePoints:
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         check_finite(tensors, f"after step {step}, the run's state", way_out(self.file.parent))
-        facts = {
-            "step": step,
-            "skipped": self.skipped,
-            "dtype": dtype,
-            "options": dataclasses.asdict(self.options),
-            **self.facts,
-        }
+        facts = {"step": step, "dtype": dtype, "options": dataclasses.asdict(self.options), **self.facts}
         metadata = {"resume": json.dumps(facts | {"tensors": _layout(tensors)})}
         if ranks.is_first():  # what trains is the same in all processes
             write_atomically(self.file, lambda path: save_file(tensors, path, metadata=metadata))
@@ -95,7 +86,6 @@ class ResumePoints:
                 state.setdefault(int(number), {})[field] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.skipped = facts["skipped"]
         return facts["step"], facts["dtype"]
 
 
@@ -130,8 +120,7 @@ def read_facts(folder: Path) -> dict:
             facts = json.loads(opened.metadata()["resume"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {one_line(error)}. Start the run anew") from error
-    facts = checked_fields(facts, FACTS, str(file), required=tuple(FACTS.keys() - {"skipped"}))
-    facts = {"skipped": 0} | facts  # a point of before there was such a number
+    facts = checked_fields(facts, FACTS, str(file), required=tuple(FACTS))
     try:
         facts["options"] = training_options(facts["options"])
     except InputError as error:

@@ -1,0 +1,295 @@
+"""Chest X-rays: DICOM and deep grey pictures as they are looked at, the Chex layout, the medical fork's names, and the
+whole path with backbones of the same kinds, tiny and random: train, stop, resume, findings of a picture, evaluate."""
+
+import inspect
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BioGptConfig, BioGptForCausalLM, PreTrainedTokenizerFast
+
+import evaluate
+import train
+from flamingo import FlamingoModel, InputError
+from flamingo import __main__ as captioning
+from flamingo.config import TrainingOptions
+from flamingo.data.captions import load_captions
+from flamingo.data.chex import Chex, read_chex
+from flamingo.data.pictures import open_picture
+from flamingo.data.places import Unusable
+from flamingo.files import asset
+from flamingo.presets import model_config
+from flamingo.training.command_line import parse_training_options
+from flamingo.training.log import RunLog
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+def dicom(pixels: np.ndarray | None, **fields) -> bytes:
+    """A file of 16 bits a pixel, MONOCHROME2 unless a field says otherwise."""
+    pydicom = pytest.importorskip("pydicom", reason="DICOM needs pydicom: pip install pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.ExplicitVRLittleEndian, "1.2.3"
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    made = pydicom.dataset.FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    if pixels is not None:
+        made.Rows, made.Columns = pixels.shape
+        made.SamplesPerPixel, made.BitsAllocated, made.BitsStored, made.HighBit = 1, 16, 16, 15
+        made.PixelRepresentation, made.PhotometricInterpretation = 0, "MONOCHROME2"
+        made.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in fields.items():
+        setattr(made, name, value)
+    file = io.BytesIO()
+    made.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+RAMP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 16  # 0 … 1008
+
+
+def grey(data: bytes) -> np.ndarray:
+    picture = np.array(open_picture(data))
+    assert (picture[..., 0] == picture[..., 1]).all() and picture.shape == (8, 8, 3)
+    return picture[..., 0].astype(int)
+
+
+def test_a_dicom_is_read_as_it_is_looked_at():
+    plain = grey(dicom(RAMP))
+    assert plain[0, 0] == 0 and plain[-1, -1] == 255 and (np.diff(plain.flatten()) >= 0).all()
+    assert (grey(dicom(RAMP, PhotometricInterpretation="MONOCHROME1")) == 255 - plain).all()
+    window = {"WindowCenter": 504, "WindowWidth": 201}  # 404 … 604 go from black to white
+    seen = grey(dicom(RAMP, **window))
+    assert (seen[RAMP <= 400] == 0).all() and (seen[RAMP >= 608] == 255).all()
+    assert abs(seen[RAMP == 496].item() - 255 * (496 - 404) / 200) <= 2
+    shifted = {"RescaleSlope": 2, "RescaleIntercept": -1000, "WindowCenter": 8, "WindowWidth": 401}
+    assert abs(grey(dicom(RAMP, **shifted)) - grey(dicom(RAMP, WindowCenter=504, WindowWidth=201))).max() <= 2
+    several = grey(dicom(RAMP, WindowCenter=[504, 100], WindowWidth=[201, 50]))  # the first counts
+    assert (several == seen).all()
+    assert (grey(dicom(np.full((8, 8), 7))) == 0).all()  # all the same
+
+
+def test_a_coloured_dicom_keeps_its_colours():
+    colours = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
+    depth = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelRepresentation": 0}
+    made = dicom(None, Rows=2, Columns=1, PixelData=bytes([255, 0, 0, 0, 0, 255]), **colours, **depth)
+    assert np.array(open_picture(made)).tolist() == [[[255, 0, 0]], [[0, 0, 255]]]
+
+
+@pytest.mark.parametrize("made, message", [
+    (lambda: dicom(None), "is a DICOM without pixels"),
+    (lambda: dicom(RAMP, NumberOfFrames=3), "is a DICOM of 3 frames"),
+    (lambda: dicom(RAMP, Rows=60000, Columns=60000), "is 60000 x 60000 pixels"),
+    (lambda: dicom(RAMP)[:-9], "cannot be read as a picture"), (lambda: dicom(RAMP)[:140], "without pixels"),
+    (lambda: b"\0" * 128 + b"DICM" + b"nonsense" * 9, "DICOM|cannot be read"),
+])  # fmt: skip
+def test_dicoms_that_cannot_be_read(made, message):
+    with pytest.raises(Unusable, match=message):
+        open_picture(made())
+
+
+def test_a_dicom_without_pydicom_names_the_package(monkeypatch):
+    data = dicom(RAMP)
+    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    with pytest.raises(Unusable, match="pip install pydicom"):
+        open_picture(data)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_deep_grey_pictures_use_all_of_black_to_white(bits):
+    """An X-ray of 12 bits in a PNG of 16 would be nearly black if it were divided by 65535."""
+    values = (np.linspace(0, 1, 64) * (2**bits - 1)).astype(np.uint16).reshape(8, 8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    assert abs(grey(file.getvalue()) - np.linspace(0, 255, 64).reshape(8, 8)).max() <= 1.5
+
+
+# ---------------------------------------------------------------------------------------------------- the Chex layout
+def write_chex(folder: Path, count: int = 6) -> Path:
+    """Studies of one or two pictures, PNG and DICOM; one study points nowhere, one has no text, one no file."""
+    folder.mkdir(exist_ok=True)
+    images, annotations = [], []
+    for i in range(count):
+        names = [f"{i}.png", f"{i} side.png"][: 1 + i % 2]
+        for name in names:
+            Image.fromarray((RAMP * (i + 1)).astype(np.uint16)).save(folder / name)
+        images.append({"id": i, "file": names if i % 2 else names[0], "annotation_id": 100 + i})
+        annotations.append({"id": 100 + i, "findings": f"w{i} w1 w2"})
+    images += [{"id": 90, "file": "0.png", "annotation_id": 999}, {"id": 91, "file": "0.png", "annotation_id": 200},
+               {"id": 92, "annotation_id": 100}]  # fmt: skip
+    annotations.append({"id": 200, "findings": " "})
+    (folder / "chex.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "chex.json"
+
+
+def test_chex_is_read_by_the_names_of_the_fork(tmp_path):
+    file = write_chex(tmp_path)
+    chex = read_chex(file)
+    assert chex.dataset.keys() == {"images", "annotations"}
+    assert chex.imgs["1"] == {"id": 1, "file": ["1.png", "1 side.png"], "annotation_id": 101}
+    assert chex.anns["101"]["findings"] == "w1 w1 w2"
+    rows = [row for _, row in chex.rows()]
+    assert rows[2] == {"image": "1 side.png", "caption": "w1 w1 w2", "study": "1"} and len(rows) == 9
+    assert len(chex.notes) == 3
+    by_id = {part: {str(entry["id"]): entry for entry in entries} for part, entries in chex.dataset.items()}
+    assert [row for _, row in Chex(by_id, "x").rows()] == rows
+    assert read_chex(Path("x.jsonl")) is None
+    (tmp_path / "rows.json").write_text('{"images": ["a.png"], "text": "x"}\n' * 2)
+    assert read_chex(tmp_path / "rows.json") is None
+
+
+def test_a_chex_set_is_trained_on_and_what_points_nowhere_is_counted(tmp_path):
+    sets = load_captions(write_chex(tmp_path))
+    assert sum(map(len, sets.values())) == 9
+    studies = [{part.row(i)["study"] for i in range(len(part))} for part in sets.values()]
+    assert not set.intersection(*studies)  # no study is trained on and held out
+    skipped = "\n".join(line for part in sets.values() for line in part.skipped)
+    for words in ("its annotation 999 is not there", "its annotation has no text", "image 92: it names no file"):
+        assert words in skipped
+    (tmp_path / "folder").mkdir()
+    write_chex(tmp_path / "folder").rename(tmp_path / "folder" / "train.json")
+    assert sum(map(len, load_captions(tmp_path / "folder").values())) == 9  # a folder of such files and their pictures
+
+
+@pytest.mark.parametrize("dataset, message", [
+    ({"images": 3, "annotations": []}, "its images must be a list of objects with an id"),
+    ({"images": [], "annotations": [{"x": 1}]}, "its annotations must be a list of objects with an id"),
+    ({"images": [], "annotations": {"7": 3}}, "7 of its annotations is no object"),
+    ({"images": [{"id": 1}, {"id": 1}], "annotations": []}, "two of its images have the same id"),
+    ({"images": [{"id": 1, "file": "a.png", "annotation_id": 2}], "annotations": []}, "its annotation 2 is not there"),
+    ({"images": [], "annotations": []}, "chex.json"),
+])  # fmt: skip
+def test_chex_files_that_are_none(dataset, message, tmp_path):
+    (tmp_path / "chex.json").write_text(json.dumps(dataset))
+    with pytest.raises(InputError, match=message):
+        load_captions(tmp_path / "chex.json")
+
+
+# ------------------------------------------------------------------------------------------- the names of the seed
+PROCESSOR = ["__call__", "encode_text", "prepare_caption", "prepare_captions", "remove_tags", "_remove_tags",
+             "get_media_locations", "preprocess_images"]  # fmt: skip
+MODEL = ["forward", "get_modified_layers", "freeze_vm", "freeze_lm", "unfreeze_lm", "state_dict_trainable",
+         "parameters_trainable", "encode_resample_visuals", "generate", "generate_captions", "from_pretrained",
+         "prepare_captions", "prepare_inputs_for_generation"]  # fmt: skip
+ARGUMENTS = {
+    "forward": ["input_ids", "attention_mask", "media_locations", "pixel_values", "visual_features", "inputs_embeds",
+                "use_cache", "past_key_values", "return_dict", "labels", "loss_reduction"],
+    "generate_captions": ["processor", "pixel_values", "images", "prompt", "device"],
+    "encode_resample_visuals": ["pixel_values"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> FlamingoModel:
+    return FlamingoModel.from_pretrained(asset("classroom/flamingo"))
+
+
+def test_every_method_of_the_medical_fork_is_there(model):
+    processor = model.processor
+    for thing, names in ((processor, PROCESSOR), (model, MODEL)):
+        assert [name for name in names if not callable(getattr(thing, name, None))] == []
+    for name, arguments in ARGUMENTS.items():
+        assert set(arguments) <= set(inspect.signature(getattr(model, name)).parameters)
+    for name in ("tokenizer", "vision_processor", "config"):
+        assert getattr(processor if name != "config" else model, name) is not None
+    assert model.flamingo.vision_encoder is not None and model.flamingo.resampler is model.flamingo.perceiver
+    assert model.lm_head is model.get_output_embeddings()
+
+
+def test_the_methods_do_what_the_fork_says(model):
+    processor, picture = model.processor, Image.new("RGB", (96, 96), "blue")
+    read = processor.encode_text(
+        "<image> a cat", device="cpu", length=9, return_tensors="pt", return_attention_mask=True
+    )
+    assert read["input_ids"].shape == (1, 9) and read["media_locations"].sum() == 1
+    assert "attention_mask" not in processor.encode_text("a cat", return_attention_mask=False)
+    assert processor.encode_text("a cat and an apple", length=3)["input_ids"].shape == (1, 3)
+    with pytest.raises(ValueError, match="return_tensors='tf'"):
+        processor.encode_text("a", return_tensors="tf")
+    both = processor(images=[picture], text="<image> a", device="cpu")
+    assert {"input_ids", "media_locations", "attention_mask", "pixel_values"} == both.keys()
+    assert processor._remove_tags("<image> a<|endofchunk|>") == processor.remove_tags("<image> a<|endofchunk|>") == "a"
+    assert model.prepare_captions(["a cat"]) == ["<image> a cat<|endofchunk|>"]
+    (caption,) = model.generate_captions(processor, images=picture, max_length=9, num_beams=2, device="cpu")
+    assert isinstance(caption, str)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole path
+def save_biogpt(folder: Path) -> str:
+    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    BioGptForCausalLM(BioGptConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=128,
+    )).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def save_biomedclip(folder: Path) -> str:
+    """As BiomedCLIP: a ViT of timm inside an open_clip model, a small one here, in a folder as a hub would send it."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    settings = {
+        "embed_dim": 16,
+        "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "",
+                       "timm_proj": "linear", "image_size": 224},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    folder.mkdir()
+    torch.manual_seed(0)
+    clip = open_clip.CustomTextCLIP(**settings)
+    settings = {"model_cfg": settings | {"custom_text": True}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+class Killed(BaseException):
+    """What no `except` of ours catches."""
+
+
+def test_train_stop_resume_findings_and_evaluation(tmp_path, monkeypatch, capsys):
+    data, run = write_chex(tmp_path / "data", 12), tmp_path / "run"
+    backbones = ["--lm", save_biogpt(tmp_path / "biogpt"), "--clip-model-type", save_biomedclip(tmp_path / "clip")]
+    shape = ("depth=1", "heads=2", "dim_head=8", "num_latents=4")
+    small = [f"--set=tokenizer.{setting}" for setting in shape] + ["--set=fusion.heads=2", "--set=fusion.dim_head=8"]
+    short = ["--steps=4", "--batch-size=2", "--eval-every=4", "--eval-batches=1", "--save-every=1", "--max-tokens=32",
+             "--workers=0", "--device=cpu", "--dtype=float32", "--cache=off"]  # fmt: skip
+    arguments = ["--preset", "medical", "--data", str(data), *backbones, *small, *short]
+    train.start(parse_training_options([*arguments, "--out", str(tmp_path / "whole")]))
+
+    write = RunLog.step
+
+    def killed(log, step, *rest):
+        write(log, step, *rest)
+        if step == 2:
+            raise Killed
+
+    monkeypatch.setattr(RunLog, "step", killed)
+    with pytest.raises(Killed):
+        train.start(parse_training_options([*arguments, "--out", str(run)]))
+    monkeypatch.undo()
+    train.start(parse_training_options(["--resume", str(run)]))
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert "its annotation 999 is not there" in (run / "skipped.txt").read_text()
+
+    capsys.readouterr()
+    (tmp_path / "x.dcm").write_bytes(dicom(RAMP))
+    captioning.main([str(run), str(tmp_path / "x.dcm"), "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'x.dcm'}\t")
+    evaluate.main(evaluate.parse([str(run), "--n", "2", "--shots", "--device", "cpu"]))
+    assert json.loads((run / "evaluation.json").read_text())["n"] == 2
+    again = FlamingoModel.from_pretrained(run)
+    assert type(again.flamingo.lang_encoder).__name__ == "FlamingoBioGptForCausalLM"
+
+
+def test_the_preset_is_biogpt_and_biomedclip():
+    config = model_config(TrainingOptions(preset="medical"))
+    assert config.language.name == "microsoft/biogpt" and "BiomedCLIP" in config.vision.name
