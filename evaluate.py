@@ -3,6 +3,7 @@
     python evaluate.py runs/classroom                     writes evaluation.json and report.html into the run folder
     python evaluate.py runs/classroom --shots 0 4         few-shot prompts with no and four examples
     python evaluate.py runs/photos --data my_pictures --split test       also its questions or classes, if it has any
+    torchrun --nproc-per-node 4 -- evaluate.py runs/classroom            the same by four processes that share the work
 
 Every score stands beside its controls (flamingo/evaluation/controls.py); few-shot prompts are explained in
 flamingo/evaluation/few_shot.py, the keys of evaluation.json in flamingo/evaluation/run.py. A stopped evaluation
@@ -10,9 +11,11 @@ goes on where it was when the same command is given again.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
+from flamingo import ranks
 from flamingo.errors import InputError, run_command, way_on
 from flamingo.limits import SEEDS, checked, in_range, must_fit, plain_text
 from flamingo.run_folder import SUMMARY, held, read_summary
@@ -78,10 +81,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def start(argv: list[str]) -> None:
+    with ranks.joined("evaluate.py"):  # the processes that torchrun started, if it did
+        main(parse(argv))
+
+
 def main(args: argparse.Namespace) -> None:
     if args.run.is_dir() and not (args.run / SUMMARY).exists():  # no lock into a folder of somebody else's
         raise InputError(f"{args.run} is no finished run: it has no {SUMMARY}")
-    with held(args.run), way_on(lambda: "the same command goes on from the last part that was kept"):
+    with contextlib.ExitStack() as stack:
+        ranks.of_first(lambda: stack.enter_context(held(args.run)))
+        stack.enter_context(way_on(lambda: "the same command goes on from the last part that was kept"))
         evaluate(args)
 
 
@@ -142,6 +152,8 @@ def evaluate(args: argparse.Namespace) -> None:
         "seconds": time.time() - began,
     }
     print_result(result, args.examples)
+    if not ranks.is_first():
+        return
     write_report(args.run, test_set, result)
     write_json(args.run / "evaluation.json", result)
     parts.finish()
@@ -149,4 +161,4 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command("evaluate.py", lambda: main(parse(sys.argv[1:])))
+    run_command("evaluate.py", lambda: start(sys.argv[1:]))

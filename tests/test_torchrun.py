@@ -1,5 +1,5 @@
-"""Runs of several processes, started as a user starts them: one that is killed, resumed on more and on fewer,
-restarted; what is wrong is said once."""
+"""Runs of several processes, started as a user starts them: killed, resumed on more and on fewer, restarted; what is
+wrong is said once."""
 
 import json
 import os

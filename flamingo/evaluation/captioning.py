@@ -66,17 +66,21 @@ def encode_and_pool(
     Encoded and resampled once, however often they are used. The vectors show which pictures are alike.
     """
     device = next(model.vision_tokenizer.parameters()).device
-    latents, pooled = [], []
+    found = {}  # number of the first picture → latents and vectors of a batch
+    shared, batches = _can_share(model), range(0, len(pictures), batch_size)
     bar = tqdm(total=len(pictures), desc=progress, disable=progress is None, leave=False)
     with autocast():
-        for first in range(0, len(pictures), batch_size):
+        for first in ranks.share(batches) if shared else batches:
             pixels = prepared(processor, pictures[first : first + batch_size]).to(device)
             features = model.encode_images(pixels)  # (N, F, v, d)
-            latents.append(model.tokenize_images(features).float())
-            pooled.append(F.normalize(features.float().mean(dim=(1, 2)), dim=-1))
-            bar.update(len(pixels))
+            vectors = F.normalize(features.float().mean(dim=(1, 2)), dim=-1)
+            found[first] = model.tokenize_images(features).float().cpu(), vectors.cpu()
+            bar.update(len(pixels) * (ranks.count() if shared else 1))
     bar.close()
-    return torch.cat(latents), torch.cat(pooled)
+    if shared:
+        found = {first: some for part in ranks.gathered(found) for first, some in part.items()}
+    latents, pooled = zip(*(found[first] for first in batches), strict=True)
+    return torch.cat(latents).to(device), torch.cat(pooled).to(device)
 
 
 def encode_pictures(model: Flamingo, processor: FlamingoProcessor, pictures: Sequence[Picture], **how) -> Tensor:

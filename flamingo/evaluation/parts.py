@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from flamingo import ranks
 from flamingo.files import write_json
 
 FILE = ".evaluation.partial.json"
@@ -23,27 +24,31 @@ class Parts:
     """
 
     def __init__(self, folder: Path, arguments: dict):
-        self.path, self.arguments, self.done = folder / FILE, json.loads(json.dumps(arguments)), {}
+        self.path, self.arguments = folder / FILE, json.loads(json.dumps(arguments))
+        self.done = ranks.of_first(self._kept)  # of several processes the first reads and writes
+
+    def _kept(self) -> dict:
         if not self.path.exists():
-            return
+            return {}
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             same, done = kept["arguments"] == self.arguments, dict(kept["parts"])
         except (OSError, ValueError, KeyError, TypeError):
             print("the unfinished evaluation in this folder cannot be read: starting anew", file=sys.stderr)
-            return
-        if same:
-            self.done = done
-            print(f"going on with an unfinished evaluation: {len(done)} parts are done", file=sys.stderr)
-        else:
+            return {}
+        if not same:
             print("an unfinished evaluation had other arguments or another model: starting anew", file=sys.stderr)
+            return {}
+        print(f"going on with an unfinished evaluation: {len(done)} parts are done", file=sys.stderr)
+        return done
 
     def keep(self, name: str, work: Callable[[], object]):
         """The result of a part (anything JSON can hold): kept from before, or worked out now and kept."""
         if name not in self.done:
             # Through JSON and back, so that a part is the same whether it was kept or has just been worked out.
             self.done[name] = json.loads(json.dumps(work()))
-            write_json(self.path, {"arguments": self.arguments, "parts": self.done})
+            if ranks.is_first():
+                write_json(self.path, {"arguments": self.arguments, "parts": self.done})
         return self.done[name]
 
     def finish(self) -> None:

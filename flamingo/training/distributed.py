@@ -69,8 +69,8 @@ def adding_up(together: nn.Module, now: bool) -> AbstractContextManager:
 
 
 def shard_frozen_weights(model: VisionLanguageModel, place: torch.device) -> None:
-    """Split each decoder layer, the vision encoder and, together, all else that is frozen (token embeddings and the
-    head, which may be one matrix; norms). The new rows of the added tokens and all else that trains stay whole.
+    """Split each decoder layer, the vision encoder and, together, all else that is frozen (token embeddings and head,
+    which may be one matrix; norms). The new rows of the added tokens and all else that trains stay whole. In place.
 
     Raises InputError for a language model that trains: only frozen weights are split.
     """
