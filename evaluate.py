@@ -118,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
     summary, options = read_summary(args.run)
     options.allow_outside |= args.allow_outside
     if args.data:
-        options.data, options.data_place = args.data, None
+        options.data, options.data_place, options.stream = args.data, None, False
         options.image_column, options.caption_columns = args.image_column, args.caption_columns
     device = pick_device(args.device)
     model, processor, config = load_model(args.run)

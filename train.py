@@ -47,7 +47,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
     train_set, validation_set = sources.training_sets(options)
-    distributed.check(options, min(len(train_set), len(validation_set)))
+    distributed.check(options, (train_set, validation_set))
     collate = Collate(processor, options.max_tokens, layout=not options.plain)
     sources.check_targets(train_set, validation_set, collate)
     train_examples, validation_examples = (
@@ -65,7 +65,8 @@ def main(options: TrainingOptions, folder: Path) -> None:
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
     count, done = options.steps * options.accumulate, first_step * options.accumulate
-    stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))
+    more = {"steps": count, "skip": done, "seed": options.seed}
+    stream = sources.training_batches(train_examples, collate, **more, **prepare)
     held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))
     shown = validation_items(validation_set, options.seed)
     if not options.plain:
@@ -80,7 +81,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     if options.compile:
         compiling.compile_trained_parts(model)
     together = distributed.for_training(model, place, options.shard)  # alone, the model itself
-    print(f"training {len(train_set)} examples on {place} in {dtype}; run folder {folder}")
+    print(f"training {sources.described(train_set)} on {place} in {dtype}; run folder {folder}")
     if not options.resume:
         points.save(0, dtype)
 

@@ -339,7 +339,12 @@ class TrainingOptions:
         "or -llava; palm-text, a language model on text alone",
     )
     data: str | None = option(
-        None, "what to train on: a hub name, a folder of captioned pictures, or a .jsonl, .csv or .parquet file"
+        None,
+        "what to train on: a hub name, a folder of captioned pictures, a .jsonl, .csv or .parquet file, or tar files "
+        "'shards/{000..099}.tar'; several with weights, --data a:0.7 --data b:0.3, are mixed",
+    )
+    stream: bool = option(
+        False, "read the data as they come, without looking at all of them before: a hub name or Parquet files"
     )
     image_column: str | None = option(None, "the data's picture column, if it cannot be found")
     caption_columns: str | None = option(None, "the data's caption columns, comma separated, if they cannot be found")

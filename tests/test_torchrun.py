@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from flamingo.interop import compat
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 STEPS = 12
@@ -24,7 +26,7 @@ STEPS = 12
 def launch(processes: int, *arguments: str, script: str = "train.py", restarts: int = 0, **io) -> subprocess.Popen:
     """`torchrun … script arguments`; without torchrun for one process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                "--max-restarts", str(restarts)] if processes > 1 else []  # fmt: skip
+                "--max-restarts", str(restarts), "--"] if processes > 1 else []  # fmt: skip
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **io,
@@ -118,14 +120,26 @@ def test_a_run_goes_on_with_two_one_and_three_processes(never_stopped, options, 
     assert said.count("trained for") == 1  # one process speaks
 
 
-def test_torchrun_restarts_a_run_where_it_was_and_shards(never_stopped, options, tmp_path):
+def test_torchrun_restarts_a_run_where_it_was_its_frozen_weights_split(never_stopped, options, tmp_path):
     folder = tmp_path / "run"
-    process = launch(2, *options, "--shard", "--out", folder, restarts=1)
+    shard = ["--shard"] if compat.can_shard() else []
+    process = launch(2, *options, *shard, "--out", folder, restarts=1)
     wait_for_steps(process, folder, 5)
     kill_rank(process, 0)
     code, said = output(process)
     assert code == 0, said
     assert_same_run(folder, never_stopped)
+
+
+def test_an_evaluation_by_two_is_that_of_one(never_stopped):
+    results = []
+    for processes in (1, 2):
+        process = launch(processes, never_stopped, "--n", "4", "--shots", "0", "--device", "cpu", script="evaluate.py")
+        code, said = output(process)
+        assert code == 0 and said.count("wrote") == 1, said
+        results.append(json.loads((never_stopped / "evaluation.json").read_text()))
+    one, two = ({k: v for k, v in result.items() if not k.startswith("seconds")} for result in results)
+    assert one == two
 
 
 @pytest.mark.parametrize(

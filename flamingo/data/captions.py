@@ -68,7 +68,8 @@ class CaptionedPictures(Dataset):
         self.shown: list[bytes] = []  # of each example its study, or else a hash of its pictures
         self._check_all()
 
-    def _pictures(self, row: dict) -> list:
+    def files_of(self, row: dict) -> list:
+        """Its pictures as the set holds them: names, bytes, or {"bytes", "path"}."""
         value = row[self.image_column]
         return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -78,7 +79,7 @@ class CaptionedPictures(Dataset):
         texts, faults = [], [f"{bad} caption(s) missing, empty or not text"] if bad else []
         for caption in captions:
             try:
-                texts.append(parse_text(caption, len(self._pictures(row))))
+                texts.append(parse_text(caption, len(self.files_of(row))))
             except Unusable as error:
                 faults.append(str(error))
         return texts, faults
@@ -88,7 +89,7 @@ class CaptionedPictures(Dataset):
         digest = hashlib.sha256()
         for i in tqdm(range(len(self.rows)), desc=f"checking {self.where}", disable=len(self.rows) < 200, leave=False):
             row = self.rows[i]
-            pictures = self._pictures(row)
+            pictures = self.files_of(row)
             name = next(filter(None, map(_name, pictures)), f"row {i + 1}")
             try:
                 hashes = [self._check(picture, i) for picture in pictures]
@@ -168,7 +169,7 @@ class CaptionedPictures(Dataset):
 
     def __getitem__(self, index: int) -> Example:
         base = self.bases[self.kept[index]]
-        pictures = [self._open(picture, base) for picture in self._pictures(self.row(index))]
+        pictures = [self._open(picture, base) for picture in self.files_of(self.row(index))]
         return Example(pictures, self.texts(index))
 
     def _open(self, picture, base) -> Image.Image:
@@ -191,12 +192,12 @@ class CaptionedPictures(Dataset):
         """Which of the numbered pictures are an example's."""
         row = self.kept[index]
         first = self.first_number[row]
-        return slice(first, first + len(self._pictures(self.rows[row])))
+        return slice(first, first + len(self.files_of(self.rows[row])))
 
     def picture(self, number: int) -> Image.Image:
         """A numbered picture."""
         row, place = self.numbered[number]
-        return self._open(self._pictures(self.rows[row])[place], self.bases[row])
+        return self._open(self.files_of(self.rows[row])[place], self.bases[row])
 
 
 def _name(picture) -> str | None:
@@ -248,6 +249,10 @@ def describe_splits(sets: dict[str, CaptionedPictures]) -> str:
 
 def load_set(options: TrainingOptions, answer_columns: AnswerColumns | None = None) -> dict[str, CaptionedPictures]:
     """The set that a run was started with, wherever it is called from; see `load_captions`."""
+    if options.stream or " + " in options.data or options.data.endswith(".tar"):
+        raise InputError(
+            f"{shown(options.data)} is a stream, which is only trained on: name a captioned set with --data"
+        )
     there = options.data_place is not None and os.path.exists(options.data_place)
     return load_captions(
         options.data_place if there else options.data, image_column=options.image_column,

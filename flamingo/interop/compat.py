@@ -406,12 +406,19 @@ def fully_shard_around(whole: set[nn.Parameter], device_type: str) -> Callable:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+    if not can_shard():
         raise InputError(f"--shard needs torch 2.7 or newer, and {installed('torch')} is installed")
     # It fears for what changes a layer's output in place, and nothing does: its gradients are tested against the whole.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     return functools.partial(fully_shard, mesh=mesh, ignored_params=whole)
+
+
+def can_shard() -> bool:
+    """Can `fully_shard` leave some parameters whole?"""
+    from torch.distributed.fsdp import fully_shard
+
+    return "ignored_params" in inspect.signature(fully_shard).parameters
 
 
 def fetch_before(sharded: nn.Module, methods: Iterable[str]) -> None:

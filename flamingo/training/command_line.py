@@ -31,10 +31,12 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
             continue
         kind = next(kind for kind in (int, float, str) if kind.__name__ in str(entry.type))
         shown = "" if entry.default is None else f" (default: {entry.default})"
-        also = {"nargs": "?", "const": ""} if entry.name == "resume" else {}
+        also = {"resume": {"nargs": "?", "const": ""}, "data": {"action": "append"}}.get(entry.name, {})
         parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(),
                             help=entry.metadata["help"].replace("%", "%%") + shown, **also)  # fmt: skip
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "data" in given:
+        given["data"] = " + ".join(given["data"])  # several, mixed by weight
     preset = given.get("preset", "classroom")
     if ranks.may_restart() and not {"out", "resume"} & given.keys():
         raise InputError("with torchrun --max-restarts, name the run folder with --out: a restart goes on in it")

@@ -16,6 +16,7 @@ own losses divided by the number of all, so gradients are added up, not averaged
 nothing but rounding: a run may be resumed on more of them or fewer.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,11 +31,11 @@ from flamingo.model.language_model import FlamingoLayer
 from flamingo.model.vlm import VisionLanguageModel
 
 
-def check(options: TrainingOptions, examples: int) -> None:
-    """Raises InputError for what several processes cannot do. examples: of the smaller set, training or validation."""
+def check(options: TrainingOptions, sets: Sequence) -> None:
+    """Raises InputError for what several processes cannot do. sets: for training and validation."""
     if options.shard and ranks.count() == 1:
         raise InputError("--shard splits the frozen weights between processes: start several, with torchrun")
-    fewest = min(options.batch_size, examples)
+    fewest = min(options.batch_size, *(len(examples) for examples in sets if hasattr(examples, "__len__")))
     if ranks.count() > fewest:
         raise InputError(
             f"{ranks.count()} processes share {fewest} example(s) a step: start at most {fewest}, or raise "

@@ -56,6 +56,7 @@ def fit_features(model: VisionLanguageModel, examples: Dataset, collate: Collate
     """Let a tokenizer that standardizes features begin with those of `FITTED` training pictures, evenly spread."""
     if not hasattr(model.vision_tokenizer, "fit_features"):
         return
+    examples = getattr(examples, "held_out", examples)  # of a stream
     for_fit = [examples[i] for i in range(0, len(examples), max(1, len(examples) // FITTED))]
     batch = collate(for_fit).to(device)
     features = model.encode_images(batch.pixel_values) if batch.features is None else batch.features
@@ -106,14 +107,16 @@ def finite_loss(
     if left_out < points.options.skip_bad_steps:
         return None
     (name, value), read = bad[0], examples_of_step(step, examples, points.options)
-    shown = ", ".join(map(str, read[:8])) + (", …" if len(read) > 8 else "")
+    shown = ", ".join(map(str, read[:8])) + (", …" if len(read) > 8 else "") if read else "of a stream"
     before = f", and {left_out} before it were left out" if left_out else ""
     way = way_out(points.file.parent)
     raise InputError(f"the {name} of step {step + 1} is {value} (training examples {shown}){before}: {way}")
 
 
 def examples_of_step(step: int, examples: Dataset, options: TrainingOptions) -> list[int]:
-    """Numbers of the training examples that a step reads."""
+    """Numbers of the training examples that a step reads; none are known of a stream."""
+    if not hasattr(examples, "__len__"):
+        return []
     count = options.accumulate
     sampler = StepSampler(
         examples.length, len(examples), options.batch_size, (step + 1) * count, options.seed, examples.curriculum,
@@ -140,9 +143,10 @@ def validation_batches(
     one = collate([validation[0]])
     read = sum(value.nbytes for value in one.inputs().values() if isinstance(value, Tensor))
     must_fit(count * size * read, f"{count:,} batches of validation", "lower --eval-batches or --batch-size")
-    must_fit(ORDER * len(train), f"the order of {len(train):,} examples", "lower --steps, --accumulate or --batch-size")
+    known = len(train) if hasattr(train, "__len__") else options.batch_size  # a stream has no order to draw
+    must_fit(ORDER * known, f"the order of {known:,} examples", "lower --steps, --accumulate or --batch-size")
     if next(model.vision_tokenizer.parameters()).device.type == "cpu":
-        lm, size = model.lang_encoder.config, min(options.batch_size, len(train))
+        lm, size = model.lang_encoder.config, min(options.batch_size, known)
         layers = 1 if options.gradient_checkpointing else lm.num_hidden_layers
         kept = KEPT * layers * one.input_ids.numel() * lm.hidden_size * 4
         here = size * ranks.on_this_machine() / ranks.count()  # examples on this machine

@@ -2,10 +2,10 @@
 
 What this file teaches: what the state of a training run is. The trained weights, AdamW's two moments of each and its
 step count, and how many steps are done and how many of them were left out; learning rate and data order are functions
-of the steps done, and nothing in the loop draws random numbers. All of it is one file, `resume.safetensors`, put in
-place in one step: whenever the run is killed, there is the last whole one. So a run that was stopped and resumed ends
-with the same weights, bit for bit on a CPU, as one that never was. With other pictures, captions or backbones it would
-not, so these are named in it too.
+of the steps done (of a stream, how far each shard has been used), and nothing in the loop draws random numbers. All of
+it is one file, `resume.safetensors`, put in place in one step: whenever the run is killed, there is the last whole one.
+So a run that was stopped and resumed ends with the same weights, bit for bit on a CPU, as one that never was. With
+other pictures, captions or backbones it would not, so these are named in it too.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ from torch.utils.data import Dataset
 
 from flamingo import ranks
 from flamingo.config import ModelConfig, TrainingOptions, to_flat
+from flamingo.data.streams import Stream
 from flamingo.errors import InputError
 from flamingo.files import must_be_regular, one_line, write_atomically
 from flamingo.limits import checked_fields, quoted
 from flamingo.model.vlm import Flamingo
 from flamingo.presets import training_options
-from flamingo.run_folder import RESUME_POINT, SUMMARY
+from flamingo.run_folder import RESUME_POINT, SKIPPED, SUMMARY
 from flamingo.training.checkpoint import check_finite, load_trained
 
-FACTS = {"step": int, "dtype": str, "options": dict, "backbones": str, "data": str, "tensors": str}
+FACTS = {"step": int, "position": dict, "dtype": str, "options": dict, "backbones": str, "data": str, "tensors": str}
 
 
 class ResumePoints:
@@ -45,6 +46,7 @@ class ResumePoints:
         config: ModelConfig, data: Sequence[Dataset],
     ):  # fmt: skip
         self.file, self.model, self.optimizer, self.options = folder / RESUME_POINT, model, optimizer, options
+        self.train = data[0]
         self.facts = {"backbones": _hash(to_flat(config)), "data": _hash([_contents(examples) for examples in data])}
 
     def save(self, step: int, dtype: str) -> None:
@@ -55,10 +57,19 @@ class ResumePoints:
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         check_finite(tensors, f"after step {step}, the run's state", way_out(self.file.parent))
-        facts = {"step": step, "dtype": dtype, "options": dataclasses.asdict(self.options), **self.facts}
+        position = self.train.state() if isinstance(self.train, Stream) else {}
+        options = dataclasses.asdict(self.options)
+        facts = {"step": step, "position": position, "dtype": dtype, "options": options, **self.facts}
         metadata = {"resume": json.dumps(facts | {"tensors": _layout(tensors)})}
         if ranks.is_first():  # what trains is the same in all processes
             write_atomically(self.file, lambda path: save_file(tensors, path, metadata=metadata))
+            self._list_left_out()
+
+    def _list_left_out(self) -> None:
+        """Of a stream what cannot be used is known when it has come by."""
+        if isinstance(self.train, Stream) and self.train.skipped:
+            lines = "".join(f"{line}\n" for line in self.train.skipped)
+            write_atomically(self.file.parent / SKIPPED, lambda path: path.write_text(lines, encoding="utf-8"))
 
     def restore(self) -> tuple[int, str]:
         """Put model and optimizer back to where they were. Returns (steps done, dtype).
@@ -86,11 +97,15 @@ class ResumePoints:
                 state.setdefault(int(number), {})[field] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if isinstance(self.train, Stream):
+            self.train.go_on(facts["position"])
         return facts["step"], facts["dtype"]
 
 
 def _contents(examples: Dataset) -> str:
     """A hash of what a set shows: of captioned pictures the files and all texts, of drawn scenes how they are drawn."""
+    if isinstance(examples, Stream):
+        return examples.fingerprint
     if not hasattr(examples, "fingerprint"):
         return _hash([type(examples).__name__, len(examples), examples.curriculum])
     digest = hashlib.sha256(examples.fingerprint.encode())
@@ -120,7 +135,8 @@ def read_facts(folder: Path) -> dict:
             facts = json.loads(opened.metadata()["resume"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {one_line(error)}. Start the run anew") from error
-    facts = checked_fields(facts, FACTS, str(file), required=tuple(FACTS))
+    facts = checked_fields(facts, FACTS, str(file), required=tuple(FACTS.keys() - {"position"}))
+    facts = {"position": {}} | facts  # a point of before there were streams
     try:
         facts["options"] = training_options(facts["options"])
     except InputError as error:

@@ -1,13 +1,15 @@
 """Which examples a run reads: the classroom's scenes, or any captioned set."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from flamingo.classroom.examples import ClassroomScenes
 from flamingo.config import TrainingOptions
-from flamingo.data.batches import Collate
+from flamingo.data.batches import Batch, Collate, batches
 from flamingo.data.captions import describe_splits, load_set
+from flamingo.data.streams import Stream, is_stream, load_stream
 from flamingo.errors import InputError
 
 SCENES = 100_000  # of a split
@@ -20,7 +22,7 @@ def uses_classroom(options: TrainingOptions) -> bool:
     return options.data is None
 
 
-def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
+def training_sets(options: TrainingOptions) -> tuple[Dataset | Stream, Dataset]:
     """(training examples, validation examples). Raises InputError when the set cannot be read or is too small."""
     if uses_classroom(options):
         if not options.preset.startswith("classroom"):
@@ -32,6 +34,10 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset, Dataset]:
         size = max(SCENES, examples)
         train = ClassroomScenes("train", options.seed, size, tuple(int(share * examples) for share in CURRICULUM))
         return train, ClassroomScenes("validation", options.seed, SCENES)
+    if is_stream(options):
+        stream = load_stream(options)
+        print(f"{stream.describe()}; its pictures are encoded as they come (most are read once: there is no cache)")
+        return stream, stream.held_out
     _must_not_write_into_the_data(options)
     splits = load_set(options)
     print(describe_splits(splits))
@@ -49,6 +55,16 @@ def _must_not_write_into_the_data(options: TrainingOptions) -> None:
         )
 
 
+def training_batches(examples: Dataset | Stream, collate: Collate, *, seed: int, **how) -> Iterator[Batch]:
+    """See `batches` of data/batches.py."""
+    return iter(examples.batches(collate, **how) if isinstance(examples, Stream) else
+                batches(examples, collate, seed=seed, **how))  # fmt: skip
+
+
+def described(examples: Dataset | Stream) -> str:
+    return examples.describe() if isinstance(examples, Stream) else f"{len(examples)} examples"
+
+
 def check_targets(train: Dataset, validation: Dataset, collate: Collate) -> None:
     """Print how many texts are cut and how many examples have no token with a loss. Raises InputError if none has one.
 
@@ -56,6 +72,8 @@ def check_targets(train: Dataset, validation: Dataset, collate: Collate) -> None
     """
     limit = f"--max-tokens {collate.max_tokens}"
     for what, examples in (("training", train), ("validation", validation)):
+        if isinstance(examples, Stream):  # whose first samples are the validation
+            continue
         looked_at = range(0, len(examples), max(1, len(examples) // TOKENIZED))
         texts, cut, without = 0, 0, 0
         for i in looked_at:
