@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from benchmarks import classroom, common, decode, growth, memory, pieces, precision, shapes, train
+from benchmarks import classroom, common, decode, growth, memory, pieces, precision, scale, shapes, train
 from flamingo.errors import InputError
 
 needs_peer = pytest.mark.skipif(
@@ -51,6 +51,19 @@ def test_memory_of_one_side(capsys):
     memory.main(["--quick", "--device", "cpu", "--side", "peer", "--texts", "5"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["model"] > 0 and found["step"] >= 0
+
+
+def test_scale_holds_what_processes_send_and_keep_against_its_model(tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    figure = tmp_path / "figure.png"
+    scale.main(["--quick", "--rounds", "2", "--device", "cpu", "--json", str(out), "--figure", str(figure)])
+    result = json.loads(out.read_text())
+    assert [row[:2] for row in result["measured"]][:2] == [[1, "copied"], [2, "copied"]]
+    for _, how, captions, _, _, kept, by_the_model in result["measured"]:
+        assert captions > 0 and kept == pytest.approx(by_the_model, rel=0.02), how
+    split = {(row["name"], row["gpus"]): row["memory"] for row in result["predicted"] if row["shard"]}
+    assert all(row["memory"] > split[row["name"], row["gpus"]] for row in result["predicted"] if not row["shard"])
+    assert figure.stat().st_size > 0 and "days for 1e8 captions" in capsys.readouterr().out
 
 
 def test_memory_is_the_peers_over_ours_each_in_the_dtype_that_needs_less(monkeypatch, tmp_path):
