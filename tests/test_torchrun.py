@@ -142,6 +142,19 @@ def test_an_evaluation_by_two_is_that_of_one(never_stopped):
     assert one == two
 
 
+def test_the_example_of_accelerate_saves_what_trains(pictures, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+               "--main_process_port", "0", str(ROOT / "examples" / "accelerate_loop.py")]  # fmt: skip
+    done = subprocess.run(
+        [*command, str(pictures), str(tmp_path / "out")], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 3: loss") == 1
+    start, after = (load_file(f / "model.safetensors") for f in (ROOT / "assets/classroom/flamingo", tmp_path / "out"))
+    assert start.keys() == after.keys() and not any(start[name].equal(after[name]) for name in start if "to_q" in name)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
