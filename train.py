@@ -65,8 +65,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
     count, done = options.steps * options.accumulate, first_step * options.accumulate
-    more = {"steps": count, "skip": done, "seed": options.seed}
-    stream = sources.training_batches(train_examples, collate, **more, **prepare)
+    stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))
     shown = validation_items(validation_set, options.seed)
     if not options.plain:

@@ -5,7 +5,7 @@ the prompt; the caption, and the token that ends it. `caption_labels` is that lo
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 
@@ -216,7 +216,7 @@ def batches(
     skip: int = 0,
     workers: int = 0,
     pin: bool = False,
-) -> DataLoader:
+) -> Iterable[Batch]:
     """`steps` batches of `batch_size` examples, but for the first `skip`; of several processes each has its share.
 
     `examples.length(i)` is any measure of how long its longest text is, `examples.curriculum` the sizes of the parts
@@ -224,6 +224,8 @@ def batches(
 
     workers: processes that prepare batches ahead; 0 prepares on demand.
     """
+    if not hasattr(examples, "__len__"):  # a stream (streams.py): what it has and in which order, it alone knows
+        return examples.batches(collate, batch_size=batch_size, steps=steps, skip=skip, workers=workers, pin=pin)
     share = (ranks.rank(), ranks.count())
     sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed, examples.curriculum, skip, share)
     return DataLoader(

@@ -1,13 +1,12 @@
 """Which examples a run reads: the classroom's scenes, or any captioned set."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from flamingo.classroom.examples import ClassroomScenes
 from flamingo.config import TrainingOptions
-from flamingo.data.batches import Batch, Collate, batches
+from flamingo.data.batches import Collate
 from flamingo.data.captions import describe_splits, load_set
 from flamingo.data.streams import Stream, is_stream, load_stream
 from flamingo.errors import InputError
@@ -53,12 +52,6 @@ def _must_not_write_into_the_data(options: TrainingOptions) -> None:
             f"the run folder {folder} would be inside of the data {options.data}, and its figures would be read as "
             "pictures: choose an --out elsewhere"
         )
-
-
-def training_batches(examples: Dataset | Stream, collate: Collate, *, seed: int, **how) -> Iterator[Batch]:
-    """See `batches` of data/batches.py."""
-    return iter(examples.batches(collate, **how) if isinstance(examples, Stream) else
-                batches(examples, collate, seed=seed, **how))  # fmt: skip
 
 
 def described(examples: Dataset | Stream) -> str:
