@@ -149,6 +149,14 @@ def test_resumed_by_other_processes_it_gives_the_rest_and_nothing_twice(tmp_path
     assert sorted(before + after) == sorted(all_captions(stream))
 
 
+@pytest.mark.parametrize(
+    "state", [{}, {"shards": 3}, {"shards": [], "left_out": 0}, {"shards": [{"0": [0, -1]}], "left_out": 0}]
+)
+def test_a_damaged_position_is_refused(tmp_path, state):
+    with pytest.raises(InputError, match="position in the stream is damaged"):
+        stream_of(captioned(tmp_path, 1, 4)).go_on(state)
+
+
 def test_several_sets_are_mixed_by_weight(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

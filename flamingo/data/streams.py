@@ -208,9 +208,15 @@ class Stream:
         return {"shards": merged, "left_out": sum(count for _, count in parts)}
 
     def go_on(self, state: dict) -> None:
-        """From a state, with this number of processes and workers or another."""
-        self.position = [{int(shard): (at[0], at[1]) for shard, at in shards.items()} for shards in state["shards"]]
-        self.left_out = state["left_out"] if ranks.is_first() else 0
+        """From a state, with this number of processes and workers or another. Raises InputError for a damaged one."""
+        try:
+            found = [{int(shard): (int(at[0]), int(at[1])) for shard, at in one.items()} for one in state["shards"]]
+            self.left_out = int(state["left_out"]) if ranks.is_first() else 0
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            found = []
+        if len(found) != len(self.sources) or any(min(at) < 0 for one in found for at in one.values()):
+            raise InputError("the position in the stream is damaged: start the run anew")
+        self.position = found
 
 
 def _order(seed: int, epoch: int, shard: int) -> float:
