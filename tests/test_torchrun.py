@@ -136,7 +136,7 @@ def test_an_evaluation_by_two_is_that_of_one(never_stopped):
     for processes in (1, 2):
         process = launch(processes, never_stopped, "--n", "4", "--shots", "0", "--device", "cpu", script="evaluate.py")
         code, said = output(process)
-        assert code == 0 and said.count("wrote") == 1, said
+        assert code == 0 and said.count(f"wrote {never_stopped}") == 1, said
         results.append(json.loads((never_stopped / "evaluation.json").read_text()))
     one, two = ({k: v for k, v in result.items() if not k.startswith("seconds")} for result in results)
     assert one == two
