@@ -30,6 +30,7 @@ FLOORS = [
     (
         "interop",
         "figures",
+        "demo",
         "classroom.pretraining",
         "classroom.pretrain_lm",
         "classroom.pretrain_clip",
