@@ -171,8 +171,8 @@ def test_the_mask_is_drawn_and_the_text_continued(demo):
 
 
 @pytest.mark.parametrize("text, pictures, reason", [
-    ("<image> <image> <image>", 2, "3 <image> tags but 2 pictures"), ("a cat", 1, "0 <image> tags but 1 pictures"),
-    ("<image> a", 0, "1 <image> tokens but 0 pictures"), ("<image>" + " cat" * 600, 1, "positions"),
+    ("<image> <image> <image>", 2, "3 &lt;image&gt; tags but 2 pictures"), ("a cat", 1, "0 &lt;image&gt; tags but 1"),
+    ("<image> a", 0, "1 &lt;image&gt; tokens but 0 pictures"), ("<image>" + " cat" * 600, 1, "positions"),
 ])  # fmt: skip
 def test_texts_and_pictures_that_disagree_are_a_sentence(demo, text, pictures, reason):
     with pytest.raises(gr.Error, match=reason):

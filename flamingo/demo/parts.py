@@ -102,7 +102,7 @@ def sentences(function: Callable) -> Callable:
     """Let a tab's function end with a sentence on the page for what a visitor can mend."""
 
     def said(error: Exception) -> gr.Error:
-        return gr.Error(str(error), duration=None, print_exception=False)
+        return gr.Error(html.escape(str(error)), duration=None, print_exception=False)
 
     if inspect.isgeneratorfunction(function):
 
@@ -172,14 +172,14 @@ def composer() -> Composer:
     things = gr.Dropdown(marked, value=["cat", "apple"], multiselect=True, max_choices=3, label="Things")
     with gr.Row():
         layout = gr.Dropdown([(TITLES[name], name) for name in scenes.LAYOUTS], value="row", label="Layout",
-                             min_width=120)  # fmt: skip
+                             min_width=200)  # fmt: skip
         ground = gr.Dropdown(list(scenes.GROUNDS), value="blue", label="Ground", min_width=120)
     return Composer(things, layout, ground)
 
 
 CSS = """
 .scene { border-radius: 8px; max-width: 100%; image-rendering: auto; display: block; }
-.note, .note p { color: var(--body-text-color-subdued); font-size: .85em; margin-top: .3em; }
+.note, .note p { color: var(--body-text-color); opacity: .72; font-size: .85em; margin-top: .3em; }
 .said { font-size: 1.25em; min-height: 1.6em; }
 .steps { display: flex; gap: 8px; overflow-x: auto; padding-bottom: 6px; }
 .step { flex: 0 0 132px; border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px 8px; }
