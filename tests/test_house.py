@@ -31,6 +31,7 @@ FLOORS = [
         "interop",
         "figures",
         "demo",
+        "commands",
         "classroom.pretraining",
         "classroom.pretrain_lm",
         "classroom.pretrain_clip",
