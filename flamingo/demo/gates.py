@@ -41,9 +41,8 @@ def build(demo: DemoModel, shown: gr.State, said: gr.State, tab: gr.Tab) -> None
                                                  elem_classes="gate"))  # fmt: skip
             trained = ", ".join(f"{value:+.2f}" for value in rounded)
             gr.Markdown(f"tanh of each gate: at 0 the layer adds nothing. As trained: {trained}.", elem_classes="note")
-            with gr.Row():
-                closing = gr.Button("Close all: the language model that was there before", elem_id="close")
-                opening = gr.Button("As trained", elem_id="open")
+            closing = gr.Button("Close all: the language model that was there before", size="md", elem_id="close")
+            opening = gr.Button("As trained", size="md", elem_id="open")
             result = gr.HTML(elem_id="closed")
     code(CODE.replace("RUN", repr(str(demo.run))))
 

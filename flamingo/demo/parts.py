@@ -179,7 +179,8 @@ def composer() -> Composer:
 
 CSS = """
 .scene { border-radius: 8px; max-width: 100%; image-rendering: auto; display: block; }
-.note, .note p { color: var(--body-text-color); opacity: .72; font-size: .85em; margin-top: .3em; }
+.note { opacity: .75; font-size: .85em; margin-top: .3em; }
+.note, .note p { color: var(--body-text-color); }
 .said { font-size: 1.25em; min-height: 1.6em; }
 .steps { display: flex; gap: 8px; overflow-x: auto; padding-bottom: 6px; }
 .step { flex: 0 0 132px; border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px 8px; }

@@ -116,7 +116,7 @@ def build(demo: DemoModel, tab: gr.Tab) -> None:
             x="step",
             y="gate",
             color="of",
-            title="tanh of each attention (attn) and feed-forward (ff) gate",
+            title="tanh(gate): attention, feed-forward",
             height=280,
             min_width=300,
         )
