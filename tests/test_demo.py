@@ -18,6 +18,7 @@ from flamingo.demo.model import DemoModel  # noqa: E402
 from flamingo.demo.page import page  # noqa: E402
 from flamingo.errors import InputError  # noqa: E402
 from flamingo.evaluation.attention import View  # noqa: E402
+from flamingo.figures.heat_map import SIDE, heat_map  # noqa: E402
 
 CUE = "In a sentence:"
 ROW = parts.surprise(layout="row", rng=random.Random(7))
@@ -121,9 +122,9 @@ def test_each_word_has_a_heat_map_and_layers_and_heads_differ(demo):
     assert [look.word for look in found[0]] == re.findall(r"\w+", said)
     assert len({tuple(each[0].grid.flatten().tolist()) for each in found}) == len(views)
     word = [look.word for look in found[0]].index(ROW.scene.names[0])
-    boxed, bare = (looks.heat_map(ROW, found[0][word], boxes) for boxes in (True, False))
-    assert boxed.size == (looks.SIDE, looks.SIDE) and boxed.tobytes() != bare.tobytes()
-    left, top, *_ = (side * looks.SIDE // scenes.IMAGE_SIZE for side in ROW.scene.objects[0].box)
+    boxed, bare = (heat_map(ROW.picture, found[0][word], scene) for scene in (ROW.scene, None))
+    assert boxed.size == (SIDE, SIDE) and boxed.tobytes() != bare.tobytes()
+    left, top, *_ = (side * SIDE // scenes.IMAGE_SIZE for side in ROW.scene.objects[0].box)
     assert boxed.getpixel((left + 1, top + 1)) == (255, 255, 255)
 
 

@@ -1,15 +1,13 @@
 """The tab *Where it looks*: the attention of each word of the caption on the picture, and the thing's true box."""
 
 import gradio as gr
-import matplotlib
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from flamingo.classroom import scenes
 from flamingo.demo.model import DemoModel
-from flamingo.demo.parts import Shown, code, enlarged, picture_html, sentences, surprise
+from flamingo.demo.parts import Shown, code, picture_html, sentences, surprise
 from flamingo.evaluation.attention import View, WordLook
+from flamingo.figures.heat_map import SIDE, heat_map
 
 CODE = """
 from flamingo import load_model
@@ -23,25 +21,7 @@ looks = word_looks(model, processor, [scene.draw()], ["In a sentence:"], [captio
 for look in looks:
     print(look.word, tuple(look.grid.shape), "most at patch", look.grid.argmax().item())
 """
-SIDE = 384  # pixels of the heat map
 ALL = -1  # the choice of all layers, or of the mean over heads
-
-
-def heat_map(shown: Shown, look: WordLook, boxes: bool) -> Image.Image:
-    """The picture, lit where the word's attention is; a white box around the things of that name, if it is a scene."""
-    picture = enlarged(shown.picture, SIDE).convert("RGB")
-    share = look.grid / look.grid.max().clamp(min=1e-12)  # (rows, columns), the largest is 1
-    shares = Image.fromarray((share.numpy() * 255).astype(np.uint8)).resize(picture.size, Image.BICUBIC)
-    weight = np.asarray(shares)[..., None] / 255
-    colors = matplotlib.colormaps["inferno"](weight[..., 0])[..., :3] * 255
-    mixed = np.asarray(picture) * (0.45 - 0.25 * weight) + colors * (0.35 + 0.4 * weight)
-    lit = Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
-    if boxes and shown.scene:
-        scale, draw = SIDE / scenes.IMAGE_SIZE, ImageDraw.Draw(lit)
-        for placed in shown.scene.objects:
-            if look.word in (placed.name, scenes.plural(placed.name)):
-                draw.rectangle([side * scale for side in placed.box], outline="white", width=3)
-    return lit
 
 
 def build(demo: DemoModel, shown: gr.State, said: gr.State, tab: gr.Tab) -> None:
@@ -106,5 +86,7 @@ def names_of(shown: Shown) -> set[str]:
 def look_html(shown: Shown, looks: list[WordLook], word: int | None, boxes: bool) -> str:
     if word is None or word >= len(looks):
         blank = WordLook(0, "", torch.zeros(1, 1))
-        return picture_html(heat_map(shown, blank, False), "the picture", SIDE, "the caption has no word to look at")
-    return picture_html(heat_map(shown, looks[word], boxes), f"attention of {looks[word].word}", SIDE)
+        return picture_html(heat_map(shown.picture, blank), "the picture", SIDE, "the caption has no word to look at")
+    return picture_html(
+        heat_map(shown.picture, looks[word], shown.scene if boxes else None), f"attention of {looks[word].word}", SIDE
+    )

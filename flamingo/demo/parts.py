@@ -21,6 +21,7 @@ from flamingo.classroom import scenes
 from flamingo.data.pictures import open_picture
 from flamingo.data.places import Unusable
 from flamingo.errors import InputError
+from flamingo.figures.heat_map import enlarged
 
 SURPRISES = 2**44  # numbers of scenes that no evaluation draws begin here
 HOW_MANY = {"one": (1,), "count": (2, 3), "row": (2,), "column": (2,), "three": (3,)}  # things of each layout
@@ -128,13 +129,6 @@ def data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def enlarged(picture: Image.Image, longest: int = 384) -> Image.Image:
-    """A drawn scene is 96 pixels wide: shown larger, or a photograph smaller."""
-    scale = longest / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(size, Image.LANCZOS)
 
 
 def picture_html(picture: Image.Image, alt: str, width: int = 288, note: str = "") -> str:

@@ -6,8 +6,9 @@ import gradio as gr
 
 from flamingo.data.processor import EOC_TOKEN, MEDIA_TOKEN
 from flamingo.demo.model import DemoModel, Seen
-from flamingo.demo.parts import Shown, code, data_uri, enlarged, opened, picture_file, picture_html, sentences, surprise
+from flamingo.demo.parts import Shown, code, data_uri, opened, picture_file, picture_html, sentences, surprise
 from flamingo.errors import InputError
+from flamingo.figures.heat_map import enlarged
 from flamingo.model.vlm import Flamingo
 
 CODE = """
