@@ -79,7 +79,7 @@ def gates_figure(found: dict[str, tuple[str, float, float]]) -> bytes:
         bars = axes.barh(["without", "with the picture"], losses[::-1], color=["#d1495b", "#1b7f79"])
         axes.bar_label(bars, fmt=" %.2f", fontsize=8)
         axes.set(xlim=(0, 1.15 * most), xticks=[])
-        axes.set_title(f"{title}: {textwrap.shorten(caption, 80)}", fontsize=9, loc="left")
+        axes.set_title(f"{title}: {textwrap.shorten(caption, 72)}", fontsize=9, loc="left")
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     return as_png(figure)
 
