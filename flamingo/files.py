@@ -110,9 +110,7 @@ def find_folder(name: str | Path, hub_options: dict) -> Path:
 
     options = {key: hub_options[key] for key in OF_A_HUB if hub_options.get(key) is not None}
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=OF_A_MODEL, **options)
-        )
+        return Path(snapshot_download(str(name), allow_patterns=OF_A_MODEL, **options))
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such repository, no such name
         raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached") from error
 
