@@ -122,17 +122,11 @@ def says(caption: str, where: str = "#caption .said") -> str:
 
 
 def test_a_scene_is_composed_captioned_looked_at_and_its_gates_closed(visitor):
-    visitor.compose(["cat", "apple"], "one above the other", "green")
-    for _ in range(5):  # places and sizes are drawn, and one scene in twenty is hard
-        visitor.wait("/cat|apple/.test(document.querySelector('#caption .note')?.innerText + "
-                     "document.querySelector('#caption .said').innerText)")  # fmt: skip
-        visitor.wait("document.querySelector('#caption .note').innerText.length > 5")
-        if visitor.text("#caption .note") == "exactly right":
-            break
-        visitor.button("Draw it")
-        visitor.wait("document.querySelector('#caption .note').innerText.length < 5")
+    # Things that the model names without fail: what is tested is the page.
+    visitor.compose(["guitar", "tomato"], "one above the other", "green")
+    visitor.wait("/^(a guitar above a tomato|a tomato below a guitar) on a green ground$/"
+                 ".test(document.querySelector('#caption .said').innerText.trim())")  # fmt: skip
     caption = visitor.text("#caption .said")
-    assert re.fullmatch("(a cat above an apple|an apple below a cat) on a green ground", caption)
     visitor.settled("#steps .step")
     visitor.tab("Where it looks")
     source = "document.querySelector('#heat img')?.src"
@@ -140,11 +134,11 @@ def test_a_scene_is_composed_captioned_looked_at_and_its_gates_closed(visitor):
     words = visitor.page.locator("#words label")
     assert [word.inner_text().strip() for word in words.all()] == caption.split()
     before = visitor.page.evaluate(source)
-    words.filter(has_text="apple").click()
-    visitor.wait(f"{source} !== {before!r} && document.querySelector('#heat img').alt === 'attention of apple'")
-    apple = visitor.page.evaluate(source)
+    words.filter(has_text="tomato").click()
+    visitor.wait(f"{source} !== {before!r} && document.querySelector('#heat img').alt === 'attention of tomato'")
+    tomato = visitor.page.evaluate(source)
     visitor.choose("Cross-attention", "before layer 0")
-    visitor.wait(f"{source} !== {apple!r}")
+    visitor.wait(f"{source} !== {tomato!r}")
 
     visitor.tab("Gates")
     visitor.wait(says(caption, "#gated-caption"))
@@ -232,21 +226,21 @@ def test_two_visitors_who_click_at_once_keep_their_own_pictures(browser, address
     """Ten clicks in each of two windows, all before the first answer can be there."""
     visitors = {ground: Visitor(browser, address) for ground in ("pink", "gray")}
     for ground, visitor in visitors.items():
-        visitor.compose(["dog"], "one thing", ground)
-        visitor.wait(says(f"a dog on a {ground} ground"))
+        visitor.compose(["guitar"], "one thing", ground)
+        visitor.wait(says(f"a guitar on a {ground} ground"))
     for _ in range(10):
         for visitor in visitors.values():
             visitor.button("Caption")
     for ground, visitor in visitors.items():
         time.sleep(1)
-        visitor.wait(says(f"a dog on a {ground} ground"))
+        visitor.wait(says(f"a guitar on a {ground} ground"))
         visitor.tab("Gates")
-        visitor.wait(says(f"a dog on a {ground} ground", "#gated-caption"))
+        visitor.wait(says(f"a guitar on a {ground} ground", "#gated-caption"))
     visitors["pink"].page.locator("#close").click()
     visitors["pink"].wait("document.querySelector('#identity')?.innerText.includes('bit for bit')")
     visitors["gray"].tab("Caption")
     visitors["gray"].button("Caption")
-    visitors["gray"].wait(says("a dog on a gray ground"))
+    visitors["gray"].wait(says("a guitar on a gray ground"))
     for visitor in visitors.values():
         visitor.context.close()
 

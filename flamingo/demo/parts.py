@@ -163,7 +163,7 @@ class Composer:
 
 def composer() -> Composer:
     marked = [(f"{name} (held out)" if name in scenes.NOVEL_OBJECTS else name, name) for name in sorted(scenes.OBJECTS)]
-    things = gr.Dropdown(marked, value=["cat", "apple"], multiselect=True, max_choices=3, label="Things")
+    things = gr.Dropdown(marked, value=["guitar", "tomato"], multiselect=True, max_choices=3, label="Things")
     with gr.Row():
         layout = gr.Dropdown([(TITLES[name], name) for name in scenes.LAYOUTS], value="row", label="Layout",
                              min_width=200)  # fmt: skip

@@ -1,6 +1,7 @@
 """The tab *Who sees what*: a text with several pictures, and the media mask it makes."""
 
 import html
+import random
 
 import gradio as gr
 
@@ -28,9 +29,9 @@ print(model.processor.decode(ids[0, inputs["input_ids"].shape[1]:]))
 MOST = 6  # pictures of a text
 
 
-def began() -> tuple[list[Shown], str]:
+def began(rng: random.Random | None = None) -> tuple[list[Shown], str]:
     """Two pictures, a text before the first, a caption of the first, and the second to be captioned."""
-    pictures = [surprise(layout=layout) for layout in ("one", "row")]
+    pictures = [surprise(layout=layout, rng=rng) for layout in ("one", "row")]
     first = pictures[0].scene.caption("list")
     return pictures, f"once upon a time {MEDIA_TOKEN} As a list: {first}{EOC_TOKEN}{MEDIA_TOKEN} As a list:"
 
