@@ -111,6 +111,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from flamingo.fast.inference import prepare_to_generate
     from flamingo.files import write_json
     from flamingo.interop.selfcheck import check_decoding
+    from flamingo.training.card import write_card
     from flamingo.training.checkpoint import WEIGHTS, load_model
     from flamingo.training.sources import uses_classroom
 
@@ -156,6 +157,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     write_report(args.run, test_set, result)
     write_json(args.run / "evaluation.json", result)
+    write_card(args.run)
     parts.finish()
     print(f"wrote {args.run}/evaluation.json and {args.run}/report.html in {result['seconds']:.0f} s")
 

@@ -409,5 +409,6 @@ class TrainingOptions:
         None,
         "a field of the architecture, PART.FIELD=VALUE such as fusion.heads=4 (flamingo/config.py); may be repeated",
     )
+    log: str | None = option(None, "also write losses, gates and samples for tensorboard: --log tensorboard")
     plain: bool = option(False, "leave out flamingo/fast: the model as flamingo/model has it, slower, the same numbers")
     data_place: str | None = None  # no option: where `data` was when the run began, whatever it is called from later

@@ -98,6 +98,7 @@ def one_line(error: BaseException) -> str:
 # Options of every `from_pretrained`: of a hub, and what auto classes and pipelines pass along without effect here.
 OF_A_HUB = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 PASSED_ALONG = {"trust_remote_code", "code_revision", "proxies", "_from_auto", "_from_pipeline", "_commit_hash"}
+OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.jinja", "README.md"]  # files of a hub's repository
 
 
 def find_folder(name: str | Path, hub_options: dict) -> Path:
@@ -109,9 +110,7 @@ def find_folder(name: str | Path, hub_options: dict) -> Path:
 
     options = {key: hub_options[key] for key in OF_A_HUB if hub_options.get(key) is not None}
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], **options)
-        )
+        return Path(snapshot_download(str(name), allow_patterns=OF_A_MODEL, **options))
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such repository, no such name
         raise InputError(f"{name} is neither a folder nor a model on the hub that can be reached") from error
 

@@ -38,7 +38,7 @@ RANGES = {
     "step": (0, 10**9), "loss": (-1e30, 1e30), "val_loss": (-1e30, 1e30), "val_loss_blind": (-1e30, 1e30),
     "attn": (-1.0, 1.0), "ff": (-1.0, 1.0), "final_val_loss": (-1e30, 1e30), "final_val_loss_blind": (-1e30, 1e30),
 }  # fmt: skip
-CHOICES = {"act": ("gelu", "relu", "sqrelu"), "placement": ("near", "far")}
+CHOICES = {"act": ("gelu", "relu", "sqrelu"), "placement": ("near", "far"), "log": ("tensorboard",)}
 
 
 def checked(name: str, value, kind, field: str | None = None):

@@ -55,6 +55,8 @@ def clean(notebook) -> None:
         if "outputs" in cell:  # what goes to stderr are warnings and progress bars
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", []):
+            # Without a kernel a widget shows nothing; the still picture beside it remains.
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             if output.output_type == "stream":
                 output.text = _without_places(output.text)
             elif "text/plain" in output.get("data", {}):

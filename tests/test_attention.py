@@ -66,8 +66,25 @@ def test_closed_layers_have_no_say():
         model(ids, pixel_values=pixels)
     held = attention.latents_to_patches(recorded.resampler, 4)
     looks = attention.text_to_patches(model, ids, torch.ones_like(ids), pixels)
-    assert torch.allclose(looks, recorded.text_to_latents[0] @ held, atol=1e-6)
-    assert not torch.allclose(recorded.text_to_latents[0], recorded.text_to_latents[1], atol=1e-3)
+    first, second = (weights.mean(dim=1) for weights in recorded.text_to_latents)  # over heads
+    assert torch.allclose(looks, first @ held, atol=1e-6)
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_one_layer_or_one_head_can_be_shown_alone_whatever_its_gate():
+    model = tiny_flamingo()
+    nn.init.zeros_(model.cross_attention_blocks()[1].attn_gate)
+    ids, pixels = torch.tensor([[2, IMAGE, 7]]), torch.randn(1, 1, 1, 3, 8, 8)
+    with attention.recorded_attention(model) as recorded:
+        model(ids, pixel_values=pixels)
+    held = attention.latents_to_patches(recorded.resampler, 4)
+    for view, weights in {
+        attention.View(layer=1): recorded.text_to_latents[1].mean(dim=1),
+        attention.View(layer=1, head=2): recorded.text_to_latents[1][:, 2],
+        attention.View(head=3): recorded.text_to_latents[0][:, 3],  # the only layer whose gate is open
+    }.items():
+        looks = attention.text_to_patches(model, ids, torch.ones_like(ids), pixels, view=view)
+        assert torch.allclose(looks, weights @ held, atol=1e-6), view
 
 
 def test_hits_are_counted_where_the_named_thing_stands():

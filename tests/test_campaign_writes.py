@@ -20,7 +20,6 @@ from flamingo.data.feature_cache import FeatureCache
 from flamingo.data.preprocess import as_pil
 from flamingo.errors import InputError, run_command
 from flamingo.run_folder import BEST, METRICS, RESUME_POINT, SUMMARY
-from flamingo.training.command_line import parse_training_options
 
 SHORT = ["--batch-size", "2", "--eval-batches", "1", "--eval-every", "9", "--steps", "1", "--device", "cpu",
          "--dtype", "float32", "--patience", "1"]  # fmt: skip
@@ -38,7 +37,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def start(*arguments) -> None:
-    train.start(parse_training_options([str(argument) for argument in arguments]))
+    train.start([str(argument) for argument in arguments])
 
 
 def score(folder: Path) -> None:

@@ -30,6 +30,8 @@ FLOORS = [
     (
         "interop",
         "figures",
+        "demo",
+        "commands",
         "classroom.pretraining",
         "classroom.pretrain_lm",
         "classroom.pretrain_clip",

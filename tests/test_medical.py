@@ -24,7 +24,6 @@ from flamingo.data.pictures import open_picture
 from flamingo.data.places import Unusable
 from flamingo.files import asset
 from flamingo.presets import model_config
-from flamingo.training.command_line import parse_training_options
 from flamingo.training.log import RunLog
 
 
@@ -263,7 +262,7 @@ def test_train_stop_resume_findings_and_evaluation(tmp_path, monkeypatch, capsys
     short = ["--steps=4", "--batch-size=2", "--eval-every=4", "--eval-batches=1", "--save-every=1", "--max-tokens=32",
              "--workers=0", "--device=cpu", "--dtype=float32", "--cache=off"]  # fmt: skip
     arguments = ["--preset", "medical", "--data", str(data), *backbones, *small, *short]
-    train.start(parse_training_options([*arguments, "--out", str(tmp_path / "whole")]))
+    train.start([*arguments, "--out", str(tmp_path / "whole")])
 
     write = RunLog.step
 
@@ -274,9 +273,9 @@ def test_train_stop_resume_findings_and_evaluation(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(RunLog, "step", killed)
     with pytest.raises(Killed):
-        train.start(parse_training_options([*arguments, "--out", str(run)]))
+        train.start([*arguments, "--out", str(run)])
     monkeypatch.undo()
-    train.start(parse_training_options(["--resume", str(run)]))
+    train.start(["--resume", str(run)])
     assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert "its annotation 999 is not there" in (run / "skipped.txt").read_text()
 

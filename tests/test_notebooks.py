@@ -123,3 +123,11 @@ def test_saved_outputs_do_not_name_the_machine(tmp_path):
     assert run.run(path, write=True) is None
     saved = nbformat.read(path, as_version=4)
     assert printed(saved) == ["(python)\n"]
+
+
+def test_a_saved_widget_is_its_still_picture():
+    forms = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "image/png": "x", "text/plain": "still"}
+    cell = new_code_cell("show()", outputs=[new_output("display_data", data=forms)], execution_count=1)
+    notebook = new_notebook(cells=[cell])
+    run.clean(notebook)
+    assert notebook.cells[0].outputs[0].data == {"image/png": "x", "text/plain": "still"}

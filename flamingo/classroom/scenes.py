@@ -295,8 +295,15 @@ def one_of(rng: random.Random, name: str) -> Scene:
     return _placed(rng, "one", (name,), _cells(rng, "one", 1))
 
 
-def _placed(rng: random.Random, layout: str, names: tuple[str, ...], cells: list[tuple[int, int]]) -> Scene:
-    """The objects in their cells, each a little off the centre, on a ground of some shade."""
+def composed(rng: random.Random, layout: str, names: tuple[str, ...], ground: str) -> Scene:
+    """A scene of these objects, in reading order, on this ground; places, sizes and shade by `rng`."""
+    return _placed(rng, layout, names, _cells(rng, layout, len(names)), ground)
+
+
+def _placed(
+    rng: random.Random, layout: str, names: tuple[str, ...], cells: list[tuple[int, int]], ground: str | None = None
+) -> Scene:
+    """The objects in their cells, each a little off the centre, on a ground (drawn if not given) of some shade."""
     objects = []
     for name, (row, column) in zip(names, cells, strict=True):
         width, height = sprite(name, rng.choice(SPRITE_SIZES)).size
@@ -304,7 +311,7 @@ def _placed(rng: random.Random, layout: str, names: tuple[str, ...], cells: list
         top = row * CELL + (CELL - height) // 2 + rng.randint(-JITTER, JITTER)
         left, top = max(0, min(left, IMAGE_SIZE - width)), max(0, min(top, IMAGE_SIZE - height))
         objects.append(Placed(name, (left, top, left + width, top + height)))
-    ground = rng.choice(tuple(GROUNDS))
+    ground = ground or rng.choice(tuple(GROUNDS))
     shade = rng.uniform(0.92, 1.02)
     rgb = tuple(min(255, round(channel * shade)) for channel in GROUNDS[ground])
     return Scene(layout, tuple(objects), ground, rgb)

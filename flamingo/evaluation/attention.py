@@ -5,6 +5,7 @@ show which patches a word drew on. Attention is recomputed here, from the layers
 inside `recorded_attention`: the model's own fast attention never holds these matrices.
 
     word → latents    mean over heads, then over layers, weighted by |tanh(attention gate)|: a closed layer adds 0
+                      (or one layer, or one head: `View`)
     latents → patches in the resampler, mean over heads; over several layers as attention rollout (Abnar & Zuidema
                       2020): each layer passes on half of what a latent held and adds half of what it attends to
 
@@ -73,9 +74,21 @@ def can_be_recorded(model: VisionLanguageModel) -> bool:
     return isinstance(model.vision_tokenizer, PerceiverResampler) and bool(model.cross_attention_blocks())
 
 
+@dataclass(frozen=True)
+class View:
+    """Which of the word's looks at the latents to show: of one cross-attention layer (its number among those that look)
+    or of all; of one head or the mean of all."""
+
+    layer: int | None = None
+    head: int | None = None
+
+
+WHOLE = View()
+
+
 @dataclass
 class Recorded:
-    """text_to_latents: one (B, T_txt, T_img·n) a cross-attention layer. resampler: one (N, n, k + n) a layer. Means
+    """text_to_latents: one (B, h, T_txt, T_img·n) a cross-attention layer. resampler: one (N, n, k + n) a layer, means
     over heads."""
 
     text_to_latents: list[Tensor]
@@ -87,7 +100,7 @@ def recorded_attention(model: Flamingo) -> Iterator[Recorded]:
     """Inside, every attention of the model's new parts is computed a second time and recorded."""
     resampler = [attn for attn, _ in model.vision_tokenizer.layers]
     with (
-        recorded_cross_attention(model, lambda *call: cross_attention_weights(*call).mean(dim=1)) as looks,
+        recorded_cross_attention(model) as looks,
         _recorded(resampler, lambda *call: resampler_weights(*call).mean(dim=1)) as resampled,
     ):
         yield Recorded(looks, resampled)
@@ -104,8 +117,9 @@ def latents_to_patches(resampler: Sequence[Tensor], patches: int) -> Tensor:
 
 @torch.no_grad()
 def text_to_patches(
-    model: Flamingo, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, autocast=nullcontext
-) -> Tensor:
+    model: Flamingo, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, autocast=nullcontext,
+    view: View = WHOLE,
+) -> Tensor:  # fmt: skip
     """Texts about one picture each → (B, T_txt, k): each token's attention, from 0 to 1, over the k = F·v patches.
 
     pixel_values: (B, 1, F, C, H, W).
@@ -114,7 +128,11 @@ def text_to_patches(
         features = model.encode_images(pixel_values[:, 0])  # (B, F, v, d)
         model(input_ids, attention_mask, features=features[:, None])
     gates = [abs(attn) for attn, _ in model.gates()]
-    looks = sum(gate * weights.float() for gate, weights in zip(gates, recorded.text_to_latents, strict=True))
+    if view.layer is not None:
+        gates = [float(i == view.layer) for i in range(len(gates))]
+    heads = slice(None) if view.head is None else slice(view.head, view.head + 1)
+    by_layer = [weights[:, heads].float().mean(dim=1) for weights in recorded.text_to_latents]
+    looks = sum(gate * weights for gate, weights in zip(gates, by_layer, strict=True))
     looks = looks / max(sum(gates), 1e-12)  # (B, T_txt, n)
     return looks @ latents_to_patches([w.float() for w in recorded.resampler], features.shape[1] * features.shape[2])
 
@@ -151,6 +169,7 @@ def word_looks(
     *,
     autocast=nullcontext,
     batch_size: int = 32,
+    view: View = WHOLE,
 ) -> list[WordLook]:
     """For each word of each caption of the picture of the same number: the mean over its tokens of where the model
     looked when it predicted them (that is at the position before each). Empty if the patches form no square."""
@@ -162,7 +181,7 @@ def word_looks(
         given = [processor.encode_chunks([Chunk(0, prompts[i], captions[i])])[0] for i in numbers]
         drawn = [len(processor.encode_chunks([Chunk(0, prompts[i])], open_end=True)[0]) for i in numbers]
         input_ids, attention_mask = (t.to(device) for t in processor.pad(given))
-        maps = text_to_patches(model, input_ids, attention_mask, pixels, autocast).cpu()  # (B, T_txt, k)
+        maps = text_to_patches(model, input_ids, attention_mask, pixels, autocast, view).cpu()  # (B, T_txt, k)
         if getattr(model.vision_encoder, "class_token", False):
             maps = maps[:, :, 1:]
         side = math.isqrt(maps.shape[2])

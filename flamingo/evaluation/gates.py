@@ -6,8 +6,9 @@ Two tasks, because layers do different work: to name what is in a picture the la
 with those before it, a look must come before the layers that do the comparing.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -18,21 +19,33 @@ from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.single_objects import Episode, binding_marks
 from flamingo.evaluation.test_set import Item
 from flamingo.model.language_model import FlamingoLayer
+from flamingo.model.vlm import Flamingo
 
 CAPTIONED = 200  # pictures captioned with each gate closed
 
 
 @contextmanager
-def closed_gate(gate: nn.Parameter) -> Iterator[None]:
-    """Inside, this attention gate is 0: its layer looks at nothing."""
-    opened = gate.detach().clone()
+def gate_at(gate: nn.Parameter, opened: float) -> Iterator[None]:
+    """Inside, tanh of this gate is `opened`, from -1 to 1; at 0 it is closed: its layer adds nothing."""
+    trained = gate.detach().clone()
     with torch.no_grad():
-        gate.zero_()
+        gate.fill_(math.atanh(opened) if abs(opened) < 1 else math.copysign(math.inf, opened))
     try:
         yield
     finally:
         with torch.no_grad():
-            gate.copy_(opened)
+            gate.copy_(trained)
+
+
+@contextmanager
+def gates_at(model: Flamingo, opened: Sequence[tuple[float | None, float | None]]) -> Iterator[None]:
+    """Inside, tanh of the attention and feed-forward gate of each block is what `opened` says; None: as trained."""
+    with ExitStack() as stack:
+        for block, (attn, ff) in zip(model.cross_attention_blocks(), opened, strict=True):
+            for gate, value in ((block.attn_gate, attn), (block.ff_gate, ff)):
+                if value is not None:
+                    stack.enter_context(gate_at(gate, value))
+        yield
 
 
 def without_each_gate(
@@ -60,7 +73,7 @@ def without_each_gate(
         number = int(name.rpartition(".")[2])  # "model.decoder.layers.3"
         gate, closing = layer.gated_cross_attn_layer.attn_gate, f"gate {number} closed"
         opened = gate.tanh().item()
-        with closed_gate(gate):
+        with gate_at(gate, 0.0):
             said = parts.keep(closing, lambda: predictor.caption(rows, items, closing))  # noqa: B023 (called at once)
             exact_closed, binding_closed = score(said, f"{title}, {closing}")
         result.append({

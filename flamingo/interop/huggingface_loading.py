@@ -11,6 +11,7 @@ Names of tensors: a checkpoint has those of the `Flamingo` (`perceiver.latents`)
 import copy
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,11 +21,12 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from flamingo.config import FLAT
 from flamingo.errors import InputError
-from flamingo.files import OF_A_HUB, PASSED_ALONG, find_folder, write_json
+from flamingo.files import OF_A_HUB, PASSED_ALONG, find_folder, fingerprint, write_json
 from flamingo.interop import compat
 from flamingo.interop.adapters import config_of, settings_of
 from flamingo.interop.backbones import Quantization
 from flamingo.interop.huggingface_config import FlamingoConfig
+from flamingo.training.card import CARD, card_text, write_card_text
 from flamingo.training.checkpoint import ACTIVE, ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
 
 PREFIX = "flamingo."
@@ -34,6 +36,8 @@ WITHOUT_EFFECT_IN_SAVING = {"save_function", "save_peft_format", "save_original_
 
 class LoadAndSave:
     """Methods of `FlamingoModel` (huggingface.py)."""
+
+    _card: tuple[str, str] | None = None  # the card it was loaded with, and `_trained()` at that time
 
     # --------------------------------------------------------------------------------------------------- loading
     @classmethod
@@ -85,6 +89,8 @@ class LoadAndSave:
                 parameter.data = parameter.data.to(wanted)
         for part in model.parts_in_floating_point():
             part.to(device=device, dtype=wanted)
+        if (folder / CARD).is_file():
+            model._card = (folder / CARD).read_text(encoding="utf-8", errors="replace"), model._trained()
         if not output_loading_info:
             return model
         nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -133,8 +139,36 @@ class LoadAndSave:
             general=self._general_settings(), max_shard_size=max_shard_size,
         )  # fmt: skip
         write_json(folder / "generation_config.json", json.loads(self.generation_config.to_json_string()))
+        write_card_text(folder, self.card(folder.name))
         if push_to_hub:
             self.push_to_hub(pushed.pop("repo_id", folder.name), **pushed)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, max_shard_size: int | str = "50GB", **of_the_commit
+    ) -> str:
+        """Upload what `save_pretrained` writes, the card included (transformers' own method writes an empty one).
+
+        of_the_commit: commit_message, commit_description, token, revision, create_pr. → the commit's address.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=of_the_commit.pop("token", None))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made) / repo_id.rpartition("/")[2]  # the card calls the model by its folder's name
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            message = {"commit_message": "Upload FlamingoModel"} | of_the_commit
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **message).commit_url
+
+    def card(self, name: str) -> str:
+        """The card it was loaded with, for it has the scores; one without scores if the model has changed since."""
+        if self._card and self._card[1] == self._trained():
+            return self._card[0]
+        return card_text(name, self.config.model_config())
+
+    def _trained(self) -> str:
+        """A fingerprint of what trains in any case."""
+        return fingerprint(torch.nn.ModuleList([self.flamingo.vision_tokenizer, *self.flamingo.added_parts()]))
 
     def _complete(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict under the names of a checkpoint. Raises InputError if it lacks what a folder needs."""

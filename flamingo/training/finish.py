@@ -15,6 +15,7 @@ from flamingo.files import write_json
 from flamingo.interop.selfcheck import check_decoding
 from flamingo.model.vlm import VisionLanguageModel
 from flamingo.run_folder import METRICS, SUMMARY, remove_what_a_finished_run_needs_no_more
+from flamingo.training.card import write_card
 from flamingo.training.checkpoint import save_model
 from flamingo.training.log import RunLog
 
@@ -40,6 +41,7 @@ def finish(
     }
     if not ranks.is_first():
         return
+    write_card(folder, summary)
     write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
     remove_what_a_finished_run_needs_no_more(folder)
     if summary["steps_left_out"]:

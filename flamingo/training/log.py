@@ -25,8 +25,10 @@ from flamingo.limits import checked_fields
 from flamingo.model.vlm import Flamingo
 from flamingo.run_folder import METRICS, SKIPPED
 from flamingo.training.resume import way_out
+from flamingo.training.tensorboard import TensorBoard
 
 SHOWN = 12  # pictures in samples.png
+FOLLOWED = 4  # pictures whose captions are kept at every validation
 
 # Fields of a line of metrics.jsonl.
 STEP = {"step": int, "loss": float, "lr": float, "captions": int, "seconds": float}
@@ -59,7 +61,8 @@ class RunLog:
 
     metrics.jsonl has a line per step, {"step", "loss", "lr", "captions", "seconds"}, or {"step", "left_out": why,
     "seconds"}, and a line per validation, {"step", "val_loss", "val_loss_blind", "exact_match" (or "cider_d"), "attn":
-    [...], "ff": [...]} with tanh(gate) of each layer.
+    [...], "ff": [...], "samples": [[predicted, true], ...]} with tanh(gate) of each layer, and the captions of the
+    same few pictures every time.
     """
 
     def __init__(
@@ -72,12 +75,14 @@ class RunLog:
         self.validations: list[dict] = []
         self.captions_seen = 0
         self.score: dict[str, float] = {}  # of the last validation's captions
+        self.followed: list[list[str]] = []  # [predicted, true] of the last validation's first captions
         self.first_step: float | None = None
         self.began = time.time()
         self._take_up(folder / METRICS, steps_done)
         with writing(folder / METRICS):
             file = folder / METRICS if self.writes else os.devnull
             self.metrics = open(file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self.board = TensorBoard(folder, steps_done) if options.log and self.writes else None
         if skipped and self.writes:
             write_atomically(
                 folder / SKIPPED, lambda path: path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
@@ -117,7 +122,10 @@ class RunLog:
         self.captions_seen += captions
         self.losses[step + 1] = loss
         lr = optimizer.param_groups[0]["lr"]
-        self._write({"step": step + 1, "loss": loss, "lr": lr, "captions": captions, "seconds": seconds})
+        entry = {"step": step + 1, "loss": loss, "lr": lr, "captions": captions, "seconds": seconds}
+        self._write(entry)
+        if self.board:
+            self.board.step(entry)
         shown = {"loss": f"{loss:.3f}"} | {name: f"{value:.2f}" for name, value in self.score.items()}
         bar.set_postfix(shown | {"captions_per_second": f"{self.captions_seen / (time.time() - self.began):.0f}"})
 
@@ -128,7 +136,9 @@ class RunLog:
             raise InputError(f"the validation after step {step} gives {scores}: {way_out(self.folder)}")
         entry = {"step": step, **scores, "attn": [attn for attn, _ in gates], "ff": [ff for _, ff in gates]}
         self.validations.append(entry)
-        self._write(entry)
+        self._write(entry | ({"samples": self.followed} if self.followed else {}))
+        if self.board:
+            self.board.validation(entry)
         opened = " ".join(f"{attn:+.2f}" for attn in entry["attn"])
         bar.write(
             f"step {step}: validation loss {entry['val_loss']:.3f} with the picture, "
@@ -168,6 +178,9 @@ class RunLog:
         model.train()
         name, marks = marks_of(items, predictions)
         self.score = {name: float(marks.mean())}
+        self.followed = [[said, item.truths[0]] for said, item in zip(predictions[:FOLLOWED], items, strict=False)]
+        if self.board:
+            self.board.samples(max(self.losses, default=0), items, predictions)
         rng = random.Random(f"samples {self.options.seed} {len(self.validations)}")
         shown = rng.sample(range(len(items)), min(SHOWN, len(items)))
         for i in shown[:2]:
@@ -181,6 +194,8 @@ class RunLog:
     def summary(self, device: torch.device, dtype: str) -> dict:
         """What is left to report at the end."""
         self.metrics.close()
+        if self.board:
+            self.board.close()
         seconds = time.time() - self.began
         return {
             "preset": self.options.preset,
