@@ -92,7 +92,7 @@ def _with_architecture(preset: str, architecture: str, model: dict | None = None
     }  # fmt: skip
 
 
-_with_architecture("classroom", "kosmos", training={"gate_opening": 0.0, "lm_lr": 5e-4})
+_with_architecture("classroom", "kosmos", training={"gate_opening": 0.0})
 _with_architecture("classroom", "blip", {
     "qformer.depth": 4, "qformer.width": 192, "qformer.heads": 6, "qformer.ff_mult": 2, "qformer.num_latents": 16,
     "qformer.dropout": 0.0,

@@ -1,13 +1,12 @@
 """Kosmos, BLIP and LLaVA as a user meets them: trained, killed, resumed, evaluated, and behind the Hugging Face API."""
 
 import json
-import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_commands import run
-from test_resume import start, steps_told
+from test_resume import start, start_and_kill
 
 from flamingo import FlamingoConfig, FlamingoModel, FlamingoProcessor, InputError
 from flamingo.classroom import scenes
@@ -85,11 +84,7 @@ def test_killed_and_resumed_it_ends_the_same_and_evaluates(tmp_path):
     preset = ("--preset", "classroom-kosmos")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, *SHORT, *preset).wait() == 0
-    process = start(killed, *SHORT, *preset)
-    while steps_told(killed) < 3 and process.poll() is None:
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    start_and_kill(killed, 3, *SHORT, *preset)
     result = run("train.py", "--resume", killed)
     assert result.returncode == 0, result.stderr
     a, b = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")

@@ -1,13 +1,11 @@
 """LoRA as part of an architecture: `--set language.lora_rank=4`."""
 
 import json
-import signal
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import start, steps_told
+from test_resume import start, start_and_kill
 
 from flamingo import FlamingoConfig, FlamingoModel, FlamingoProcessor, InputError
 from flamingo.classroom import scenes
@@ -72,12 +70,7 @@ def test_it_is_trained_saved_and_loaded_and_what_is_frozen_stays(trained):
 
 def test_killed_and_resumed_it_ends_the_same(trained, tmp_path):
     folder = tmp_path / "run"
-    process = start(folder, *SHORT)
-    while steps_told(folder) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "summary.json").exists()
+    start_and_kill(folder, 2, *SHORT)
     assert start(folder, "--resume").wait() == 0
     one, other = load_file(trained / "model.safetensors"), load_file(folder / "model.safetensors")
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)

@@ -36,6 +36,16 @@ def steps_told(folder: Path) -> int:
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
+def start_and_kill(folder: Path, steps: int, *arguments: str) -> None:
+    """A run that is killed as soon as it has told of so many steps."""
+    process = start(folder, *arguments)
+    while steps_told(folder) < steps and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "summary.json").exists()
+
+
 def losses(folder: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
@@ -51,12 +61,7 @@ def never_stopped(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("steps_before_the_kill", [1, 5])
 def test_killed_and_resumed_it_ends_the_same(never_stopped, tmp_path, steps_before_the_kill):
     folder = tmp_path / "run"
-    process = start(folder, *SHORT)
-    while steps_told(folder) < steps_before_the_kill and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "summary.json").exists()
+    start_and_kill(folder, steps_before_the_kill, *SHORT)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # a line that the kill cut short
     assert start(folder, "--resume").wait() == 0
@@ -80,11 +85,7 @@ def test_what_cannot_be_resumed_is_said(never_stopped, tmp_path):
 
 def test_a_resumed_run_keeps_its_options(tmp_path):
     folder = tmp_path / "run"
-    process = start(folder, *SHORT)
-    while steps_told(folder) < 1 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    start_and_kill(folder, 1, *SHORT)
     assert parse_training_options(["--resume", str(folder)]).steps == 8
     with pytest.raises(InputError, match="resume it without --lr"):
         parse_training_options(["--resume", str(folder), "--lr", "0.5"])
