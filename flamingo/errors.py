@@ -133,4 +133,7 @@ def _stopping_at_once(name: str) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if (
+                signal.getsignal(number) is stop
+            ):  # one of several processes that is about to end ignores them (ranks.py)
+                signal.signal(number, handler)
