@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft")
 
 LORA = ["--preset", "classroom-llava", "--set", "language.lora_rank=4"]
 SHORT = [*LORA, "--lm-lr", "0.01", "--steps", "4", "--batch-size", "4", "--eval-batches", "1", "--save-every", "1",
-         "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+         "--dtype", "bfloat16", "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

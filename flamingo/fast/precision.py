@@ -32,8 +32,8 @@ def cast_frozen_to_bf16(model: VisionLanguageModel, *, trained: bool = False) ->
     model.vision_encoder.to(torch.bfloat16)
     pack_matrices(model.vision_encoder)
     for module in list(model.modules()):
-        weight = getattr(module, "weight", None)
-        is_matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+        weight = dict(module.named_parameters(recurse=False)).get("weight")  # a LoRA layer only hands on its matrix's
+        is_matrix = weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
         if is_matrix and (trained or not weight.requires_grad):
             # A new parameter, for the head's matrix may also be the token embeddings, which nothing converts.
             module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=weight.requires_grad)
