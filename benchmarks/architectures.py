@@ -1,4 +1,4 @@
-"""Flamingo, Kosmos, BLIP and LLaVA on one classroom: what each has learned, and what each costs.
+"""Flamingo, Kosmos, BLIP and LLaVA (with LoRA too) on one classroom: what each has learned, and what each costs.
 
     python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER] [-- …]
 
@@ -26,8 +26,10 @@ from flamingo.presets import model_config
 from flamingo.run_folder import SUMMARY
 from flamingo.training.loop import count_parameters
 
-PRESETS = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classroom-blip", "llava": "classroom-llava"}
-COLORS = {"flamingo": "#1b7f79", "kosmos": "#d1495b", "blip": "#edae49", "llava": "#30638e"}
+PRESETS = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classroom-blip", "llava": "classroom-llava",
+           "llava-lora": "classroom-llava-lora"}  # fmt: skip
+COLORS = {"flamingo": "#1b7f79", "kosmos": "#d1495b", "blip": "#edae49", "llava": "#30638e",
+          "llava-lora": "#7b5ea7"}  # fmt: skip
 PICTURES = [1, 2, 4, 8, 16, 32]  # of one text
 TEXTS, WORDS = 4, 2  # texts in a call, and words behind each picture
 

@@ -15,12 +15,13 @@ _LARGE_TRAINING = {
 
 # The architectures of open_flamingo's modeling package, and what trains in each beside the added tokens: tokenizer and
 # cross-attention (flamingo, the default), everything but the vision encoder (kosmos), the tokenizer (blip). And LLaVA's
-# first stage, in which only the projection trains.
+# first stage, in which only the projection trains, and the same with LoRA beside the language model.
 ARCHITECTURES = {
     "kosmos": {"fusion_type": "language-stream", "language.freeze": False},
     "blip": {"fusion_type": "language-stream", "tokenizer_type": "qformer"},
     "llava": {"fusion_type": "language-stream", "tokenizer_type": "linear", "linear.shuffle": 2},
 }
+ARCHITECTURES["llava-lora"] = ARCHITECTURES["llava"] | {"language.lora_rank": 8}
 
 # What a preset changes: in ModelConfig ("model", by dotted name) and in TrainingOptions ("training").
 PRESETS = {
@@ -98,8 +99,9 @@ _with_architecture("classroom", "blip", {
     "qformer.dropout": 0.0,
 }, {"gate_opening": 0.0})  # fmt: skip
 _with_architecture("classroom", "llava", training={"gate_opening": 0.0})
+_with_architecture("classroom", "llava-lora", training={"gate_opening": 0.0, "lm_lr": 1e-3})
 for _architecture in ARCHITECTURES:
-    _with_architecture("opt-125m", _architecture, training={"lm_lr": 2e-5})
+    _with_architecture("opt-125m", _architecture, training={"lm_lr": 2e-4 if "lora" in _architecture else 2e-5})
 
 
 def model_config(options: TrainingOptions) -> ModelConfig:
