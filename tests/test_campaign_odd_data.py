@@ -53,7 +53,7 @@ READABLE = {
     "nan.tif": lambda: of_numbers(np.nan),
     "infinite.tif": lambda: of_numbers(np.inf),
     "lab.tif": lambda: encoded(Image.new("LAB", (9, 9)), "TIFF"),
-    "ycbcr.tif": lambda: encoded(Image.new("YCbCr", (9, 9)), "TIFF"),
+    "ycbcr.tif": lambda: encoded(Image.new("YCbCr", (9, 9)), "TIFF", compression="tiff_lzw"),
     "cmyk.tif": lambda: encoded(Image.new("CMYK", (9, 9)), "TIFF"),
     "pages.tif": lambda: encoded(picture(), "TIFF", save_all=True, append_images=[picture((3, 3))]),
     "one transparent colour.png": lambda: encoded(picture(mode="P"), "PNG", transparency=0),

@@ -13,12 +13,14 @@ from flamingo.config import ModelConfig
 from flamingo.evaluation.controls import SHOWN_INSTEAD
 from flamingo.files import read_json, write_atomically
 from flamingo.interop.packaged import LANGUAGE_MODELS, VISION_ENCODERS
-from flamingo.run_folder import SUMMARY
+from flamingo.run_folder import SUMMARY, read_summary
 from flamingo.training.checkpoint import read_config
 
 CARD = "README.md"
 OURS = "<!-- written by flamingo; a card without this line is left alone -->"
 SHOWN = ("exact_match", "cider_d", "bleu_4", "rouge_l")  # of the metrics
+TOLD = {"preset", "seed", "steps", "captions_seen", "seconds", "device", "dtype", "trainable_parameters",
+        "frozen_parameters", "final_val_loss", "final_val_loss_blind"}  # fmt: skip
 USE = """```python
 from PIL import Image
 from flamingo import FlamingoModel
@@ -34,7 +36,7 @@ def write_card(folder: Path, summary: dict | None = None) -> None:
     summary: what summary.json will hold, if that is not written yet. Raises InputError for a damaged file.
     """
     if summary is None and (folder / SUMMARY).is_file():
-        summary = read_json(folder / SUMMARY)
+        summary, _ = read_summary(folder)
     evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").is_file() else None
     write_card_text(folder, card_text(folder.name, read_config(folder), summary, evaluation))
 
@@ -57,7 +59,7 @@ def card_text(name: str, config: ModelConfig, summary: dict | None = None, evalu
         "tokens. Only that is in this repository: the backbones are found by their names.",
         USE.format(name=name),
     ]
-    if summary:
+    if summary and summary.keys() >= TOLD:
         parts.append(f"## Training\n\n{_training(summary)}")
     if evaluation:
         parts.append(f"## Scores\n\n{_scores(evaluation)}")
