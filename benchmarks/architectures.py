@@ -132,7 +132,7 @@ def draw(result: dict, path: Path) -> None:
     for i, (name, held) in enumerate(found.items()):
         for x, what in enumerate(whats):
             at = x + (i - (len(found) - 1) / 2) * width
-            scores.bar(at, mean_of(held["seeds"], what), width, color=COLORS[name], label=name if x == 0 else None)
+            scores.bar(at, mean_of(held["seeds"], what), width, color=COLORS[name])
             dots = [run[what] for run in held["seeds"] if run[what] is not None]
             scores.plot([at] * len(dots), dots, "o", color="black", ms=2)
         points = [point for point in held["growth"] if point["seconds"] is not None]
@@ -141,7 +141,7 @@ def draw(result: dict, path: Path) -> None:
         kept.plot(x, [point["kept_bytes"] / 2**20 for point in points], "o-", color=COLORS[name], label=name)
     scores.set_xticks(range(len(whats)), whats.values())
     scores.set(ylim=(0, 1.03), title="exact match, and fast binding")
-    scores.legend(frameon=False, fontsize=8, ncols=2)
+    seconds.legend(frameon=False, fontsize=8)
     for axes, title in ((seconds, "ms to read 4 texts"), (kept, "MiB kept for the next token")):
         axes.set(xlabel="pictures of a text", title=title, xscale="log")
         axes.set_xticks(PICTURES, PICTURES)
