@@ -445,7 +445,7 @@ def points(tmp_path) -> ResumePoints:
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
     adamw.step()
-    return ResumePoints(tmp_path, model, adamw, TrainingOptions(), ModelConfig(), ())
+    return ResumePoints(tmp_path, model, adamw, TrainingOptions(), ModelConfig(), (Captions("a dog"),))
 
 
 def test_a_state_that_is_not_finite_is_never_kept_nor_taken_up(points, tmp_path):

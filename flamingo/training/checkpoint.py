@@ -47,11 +47,8 @@ MODEL_TYPE = "flamingo"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # In config.json: the settings of each LoRA, as peft has them, and the names of those that act.
 ADAPTERS, ACTIVE = "adapters", "active_adapters"
-GENERAL = compat.general_settings() | {
-    "model_type",
-    ADAPTERS,
-    ACTIVE,
-}  # what a config.json may hold beside the architecture
+# What a config.json may hold beside the architecture.
+GENERAL = compat.general_settings() | {"model_type", ADAPTERS, ACTIVE}
 
 
 # ----------------------------------------------------------------------------------------------- what is written

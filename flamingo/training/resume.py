@@ -46,7 +46,7 @@ class ResumePoints:
         config: ModelConfig, data: Sequence[Dataset],
     ):  # fmt: skip
         self.file, self.model, self.optimizer, self.options = folder / RESUME_POINT, model, optimizer, options
-        self.train = data[0] if data else None
+        self.train = data[0]
         self.facts = {"backbones": _hash(to_flat(config)), "data": _hash([_contents(examples) for examples in data])}
 
     def save(self, step: int, dtype: str) -> None:
