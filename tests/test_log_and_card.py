@@ -127,8 +127,15 @@ def test_push_to_hub_uploads_the_card_with_its_scores_as_long_as_they_are_the_mo
     assert pushed["repo_id"] == "me/classroom" and pushed["commit_message"] == "mine" and pushed["token"] == "t"
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= pushed["files"]
     assert "0.973" in pushed["card"] and "It looks" in pushed["card"]
-    with torch.no_grad():
-        model.flamingo.cross_attention_blocks()[0].attn_gate.add_(0.1)
+    changed = {"a gate": model.flamingo.cross_attention_blocks()[0].attn_gate,
+               "the language model": next(model.flamingo.lang_encoder.parameters())}  # fmt: skip
+    for what, weight in changed.items():
+        before = weight.detach().clone()
+        assert "0.973" in model.card("classroom")
+        weight.data.add_(0.1)
+        assert "0.973" not in model.card("classroom"), what
+        weight.data.copy_(before)
+    changed["a gate"].data.add_(0.1)
     model.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="other")
     assert "0.973" not in pushed["card"] and "# other" in pushed["card"]
     assert "# other" in (tmp_path / "other" / "README.md").read_text()

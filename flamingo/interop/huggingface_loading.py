@@ -167,8 +167,10 @@ class LoadAndSave:
         return card_text(name, self.config.model_config())
 
     def _trained(self) -> str:
-        """A fingerprint of what trains in any case."""
-        return fingerprint(torch.nn.ModuleList([self.flamingo.vision_tokenizer, *self.flamingo.added_parts()]))
+        """A fingerprint of what can train, the language model and adapters in it included (a quantized one cannot)."""
+        lm = self.flamingo.lang_encoder
+        parts = self.flamingo.added_parts() if compat.is_quantized(lm) else [lm]
+        return fingerprint(torch.nn.ModuleList([self.flamingo.vision_tokenizer, *parts]))
 
     def _complete(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict under the names of a checkpoint. Raises InputError if it lacks what a folder needs."""
