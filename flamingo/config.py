@@ -77,7 +77,7 @@ class QFormerConfig:
 
     depth, width, heads, ff_mult: of its transformer. every: which layers look at the picture (the first of each group).
     num_latents: n, its queries. dropout: while it trains. max_num_frames: frames with an embedding of their own
-    (video), 0 for none.
+    (video), 0 for none. standardize: as of the resampler.
     """
 
     depth: int = 12
@@ -88,6 +88,7 @@ class QFormerConfig:
     num_latents: int = 32
     dropout: float = 0.1
     max_num_frames: int = 0
+    standardize: bool = False
 
 
 @dataclass
@@ -95,11 +96,12 @@ class LinearConfig:
     """The linear projection.
 
     shuffle: so many by so many patches beside each other become one token; 1 leaves each patch a token.
-    num_patches: v; found from the encoder when None.
+    num_patches: v; found from the encoder when None. standardize: as of the resampler.
     """
 
     shuffle: int = 1
     num_patches: int | None = None
+    standardize: bool = False
 
 
 @dataclass

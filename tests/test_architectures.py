@@ -386,3 +386,18 @@ def test_pictures_of_other_texts_and_embeddings_without_places_are_refused(strea
         stream_model(inputs_embeds=embeds, pixel_values=pictures)
     given = stream_model(inputs_embeds=embeds, media_locations=texts == IMAGE, pixel_values=pictures).logits
     close(given, stream_model(texts, pixel_values=pictures).logits)
+
+
+@pytest.mark.parametrize("tokenizer, fusion", COMBINATIONS)
+def test_features_are_standardized_by_those_of_training_pictures_and_this_is_saved_with_the_model(tokenizer, fusion):
+    prefix = {"perceiver": "resampler_"}.get(tokenizer, f"{tokenizer}_")
+    model, plain = tiny_vlm(tokenizer, fusion, **{f"{prefix}standardize": True}), tiny_vlm(tokenizer, fusion)
+    standardized, plain = model.vision_tokenizer, plain.vision_tokenizer
+    features = 5 + torch.arange(1, 13) * torch.randn(6, 1, 4, 12)  # each channel of its own size, far from 0
+    assert standardized(features).equal(plain(features))  # before it is fitted it is the tokenizer that it was
+    standardized.fit_features(features)
+    flat = features.flatten(0, 2)
+    torch.testing.assert_close(standardized.feature_shift, flat.mean(0))
+    close(standardized(features), plain((features - flat.mean(0)) / (flat.std(0) + 0.05)))
+    ends = [name.rpartition(".")[2] for name in model.trainable_state_dict()]
+    assert {"feature_shift", "feature_scale"} <= set(ends)

@@ -95,19 +95,3 @@ def test_a_run_that_gets_worse_ends_early_with_the_weights_it_had_before(tmp_pat
     assert f"weights of step {least['step']}" in capsys.readouterr().out
     assert not (tmp_path / "run" / BEST).exists()
     assert load_file(tmp_path / "run" / "model.safetensors")
-
-
-def test_features_are_standardized_by_those_of_training_pictures_and_this_is_saved_with_the_model():
-    model = tiny_flamingo(resampler_standardize=True)
-    tokenizer, plain = model.vision_tokenizer, tiny_flamingo().vision_tokenizer
-    features = 5 + torch.arange(1, 13) * torch.randn(6, 1, 4, 12)  # each channel of its own size, far from 0
-    assert tokenizer(features).equal(plain(features))  # before it is fitted it is the resampler that it was
-    tokenizer.fit_features(features)
-    flat = features.flatten(0, 2)
-    torch.testing.assert_close(tokenizer.feature_shift, flat.mean(0))
-    torch.testing.assert_close(
-        tokenizer(features), plain((features - flat.mean(0)) / (flat.std(0) + 0.05)), atol=1e-5, rtol=1e-5
-    )
-    assert {"perceiver.feature_shift", "perceiver.feature_scale"} <= {
-        name.replace("vision_tokenizer", "perceiver") for name in model.trainable_state_dict()
-    }
