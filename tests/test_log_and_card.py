@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from test_commands import one_sentence, run
 
