@@ -141,3 +141,13 @@ def test_chats_of_unequal_length_get_the_same_answers_in_a_batch(model, processo
     alone = [pipe(text=one, **options)[0]["generated_text"] for one in chats]
     together = [answer["generated_text"] for (answer,) in pipe(text=chats, batch_size=3, **options)]
     assert together == alone
+
+
+def test_a_processor_of_a_config_is_at_the_model(model, processor):
+    for wrong in (lambda: FlamingoProcessor(model.config), lambda: FlamingoProcessor(model.config, device="cpu")):
+        with pytest.raises(TypeError, match=r"FlamingoModel\(config\)\.processor"):
+            wrong()
+    again = FlamingoModel(model.config).processor
+    shown = {"images": PICTURES[:1], "text": PROMPT}
+    for name, value in processor(**shown).items():
+        assert torch.equal(again(**shown)[name], value)

@@ -69,9 +69,17 @@ class FlamingoProcessor(ProcessorMixin):
     Args:
         tokenizer: a Hugging Face tokenizer; `add_flamingo_tokens` has been called on it.
         image_processor: PIL picture → (C, H, W).
+
+    Raises TypeError without the second: flamingo-mini's `FlamingoProcessor(config)` is `FlamingoModel(config).processor`
+    here, because what prepares a picture comes with the encoder's weights.
     """
 
-    def __init__(self, tokenizer, image_processor: Preprocess):
+    def __init__(self, tokenizer, image_processor: Preprocess | None = None, device=None):
+        if image_processor is None or device is not None:
+            raise TypeError(
+                "FlamingoProcessor takes a tokenizer and what prepares a picture; the processor of a config or a model "
+                "is FlamingoModel(config).processor or model.processor, and inputs.to(device) moves what it returns"
+            )
         # ProcessorMixin (which a pipeline requires) would insist on one of transformers' own image processors.
         self.chat_template = CHAT_TEMPLATE
         self.tokenizer, self.image_processor = tokenizer, image_processor
