@@ -70,8 +70,8 @@ class FlamingoProcessor(ProcessorMixin):
         tokenizer: a Hugging Face tokenizer; `add_flamingo_tokens` has been called on it.
         image_processor: PIL picture → (C, H, W).
 
-    Raises TypeError without the second: flamingo-mini's `FlamingoProcessor(config)` is `FlamingoModel(config).processor`
-    here, because what prepares a picture comes with the encoder's weights.
+    Raises TypeError without the second: what flamingo-mini calls `FlamingoProcessor(config)` is here
+    `FlamingoModel(config).processor`, because what prepares a picture comes with the encoder's weights.
     """
 
     def __init__(self, tokenizer, image_processor: Preprocess | None = None, device=None):
