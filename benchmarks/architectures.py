@@ -2,10 +2,10 @@
 
     python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER] [-- …]
 
-All are trained by `python train.py` (… are further options of it) on the same scenes in the same order, and take the
-same exam (evaluate.py). Beside that, of a fresh model: how the time of reading a text grows with its pictures, and what
-has to be kept of them for each further token. A run folder that is whole is not trained again, and an exam that was
-taken is not taken again.
+All are trained by `python train.py` (… are further options of it) on the same scenes in the same order, as many of them
+as the classroom's preset shows (a preset of its own may take more steps), and take the same exam (evaluate.py). Beside
+that, of a fresh model: how the time of reading a text grows with its pictures, and what has to be kept of them for each
+further token. A run folder that is whole is not trained again, and an exam that was taken is not taken again.
 """
 
 import statistics
@@ -22,14 +22,15 @@ from flamingo.figures.run_figures import plt
 from flamingo.files import read_json
 from flamingo.interop import compat
 from flamingo.interop.backbones import Built, build_flamingo
-from flamingo.presets import model_config
+from flamingo.presets import PRESETS, model_config
 from flamingo.run_folder import SUMMARY
 from flamingo.training.loop import count_parameters
 
-PRESETS = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classroom-blip", "llava": "classroom-llava",
-           "llava-lora": "classroom-llava-lora"}  # fmt: skip
+NAMES = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classroom-blip", "llava": "classroom-llava",
+         "llava-lora": "classroom-llava-lora"}  # fmt: skip
 COLORS = {"flamingo": "#1b7f79", "kosmos": "#d1495b", "blip": "#edae49", "llava": "#30638e",
           "llava-lora": "#7b5ea7"}  # fmt: skip
+STEPS = PRESETS["classroom"]["training"]["steps"]
 PICTURES = [1, 2, 4, 8, 16, 32]  # of one text
 TEXTS, WORDS = 4, 2  # texts in a call, and words behind each picture
 
@@ -39,7 +40,7 @@ def run_one(name: str, seed: int, folder: Path, options: list[str], exam: list[s
     """Train and examine one architecture with one seed, as a user would → its figures. Raises InputError if a command
     fails."""
     if not (folder / SUMMARY).exists():
-        common.run_script("train.py", "--preset", PRESETS[name], "--seed", str(seed), "--out", str(folder), *options)
+        common.run_script("train.py", "--preset", NAMES[name], "--seed", str(seed), "--out", str(folder), *options)
     if not (folder / "evaluation.json").exists():
         common.run_script("evaluate.py", str(folder), "--shots", "0", "4", *exam)
     summary, scores = read_json(folder / SUMMARY), read_json(folder / "evaluation.json")
@@ -157,13 +158,14 @@ def main(argv: list[str]) -> None:
 
     def add(parser) -> None:
         parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … (default: %(default)s)")
-        parser.add_argument("--only", nargs="+", choices=tuple(PRESETS), default=list(PRESETS),
+        parser.add_argument("--only", nargs="+", choices=tuple(NAMES), default=list(NAMES),
                             help="architectures (default: all)")  # fmt: skip
         parser.add_argument("--n", type=int, default=1000, help="test scenes (default: %(default)s)")
         parser.add_argument("--out", type=Path, default=Path("runs/architectures"),
                             help="run folders (default: %(default)s)")  # fmt: skip
 
     args = common.parse("architectures", __doc__.splitlines()[0], own, add)
+    options = ["--steps", str(STEPS), *options]  # of two, the last counts
     exam, pictures = ["--n", str(args.n)], PICTURES
     if args.quick:
         options = [*options, "--steps", "2", "--batch-size", "4", "--eval-batches", "1"]
@@ -171,7 +173,7 @@ def main(argv: list[str]) -> None:
     result = {}
     for name in args.only:
         runs = [run_one(name, seed, args.out / f"{name}-{seed}", options, exam) for seed in range(args.seeds)]
-        built = build_flamingo(model_config(TrainingOptions(preset=PRESETS[name])))
+        built = build_flamingo(model_config(TrainingOptions(preset=NAMES[name])))
         trained, frozen = count_parameters(built.model)
         grown = growth(built, pictures, args.rounds, args.device)
         result[name] = {"trained": trained, "frozen": frozen, "growth": grown, "seeds": runs}

@@ -5,8 +5,8 @@
 Both sides train around the same frozen SmolLM2-135M on the same cached features and the same captions, each for the
 time given, in bfloat16, with a warmup and a cosine over that time. Ours is `--preset photos`. OpenFlamingo's resampler,
 blocks, mask, batches (a picture of its own beside every caption, all captions mixed), optimizer groups and learning
-rate are its own; its gates start closed, as it makes them. Both caption the test split with the likeliest token each
-time.
+rate are its own; it looks in every third layer, and its gates start closed, as it makes them. Both caption the test
+split with the likeliest token each time.
 """
 
 import random
@@ -39,6 +39,7 @@ CPU = torch.device("cpu")
 DTYPE = "bfloat16"
 TEXTS = 40  # in a step of either side: eight pictures with five captions each
 PARTS = 1000  # of the time given, for the learning rate's schedule
+EVERY = 3  # of the peer's layers one looks
 METRICS = ("cider_d", "bleu_4", "rouge_l")
 
 
@@ -69,11 +70,12 @@ def run_ours(examples: ExamplesWithFeatures, test: Tensor, minutes: float) -> tu
     torch.manual_seed(options.seed)
     model, processor, _ = build_flamingo(model_config(options))
     model.train()
+    collate = Collate(processor, options.max_tokens, layout=True)
+    loop.fit_features(model, examples, collate, CPU)
     adamw = optimizer.make_optimizer(model, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     enable(model)
     cast_frozen_to_bf16(model)
-    collate = Collate(processor, options.max_tokens, layout=True)
     stream = batches(examples, collate, batch_size=options.batch_size, steps=10**6, seed=options.seed)
 
     def losses() -> Iterator[Callable[[], Tensor]]:
@@ -101,7 +103,7 @@ class FeaturesAsTower(nn.Module):
         return None, x[:, 0]
 
 
-def build_peer(every: int, d: int) -> tuple[nn.Module, FlamingoProcessor]:
+def build_peer(d: int) -> tuple[nn.Module, FlamingoProcessor]:
     """Their Flamingo around SmolLM2. Raises InputError if it is not installed."""
     try:
         from open_flamingo.src.flamingo import Flamingo
@@ -117,7 +119,7 @@ def build_peer(every: int, d: int) -> tuple[nn.Module, FlamingoProcessor]:
     lm.set_decoder_layers_attr_name("model.layers")
     tower = SimpleNamespace(visual=FeaturesAsTower())
     model = Flamingo(tower, lm, processor.eoc_token_id, processor.media_token_id, vis_dim=d,
-                     cross_attn_every_n_layers=every)  # fmt: skip
+                     cross_attn_every_n_layers=EVERY)  # fmt: skip
     model.requires_grad_(False)
     model.perceiver.requires_grad_(True)
     model.lang_encoder.gated_cross_attn_layers.requires_grad_(True)
@@ -127,8 +129,7 @@ def build_peer(every: int, d: int) -> tuple[nn.Module, FlamingoProcessor]:
 
 def run_peer(examples: ExamplesWithFeatures, test: Tensor, minutes: float, lr: float) -> tuple[dict, list[str]]:
     torch.manual_seed(0)
-    config = model_config(TrainingOptions(preset="photos"))
-    model, processor = build_peer(config.fusion.every, test.shape[-1])
+    model, processor = build_peer(test.shape[-1])
     decay = [p for n, p in model.named_parameters() if p.requires_grad and "gated_cross_attn" in n]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and "gated_cross_attn" not in n]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
