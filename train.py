@@ -71,7 +71,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     if not options.plain:
         enable.enable(model)  # the same numbers, sooner
     if dtype == "auto":
-        faster = ranks.of_first(lambda: precision.bf16_is_faster(model, held_out[0].first(32).inputs(), place))
+        faster = ranks.of_first(lambda: precision.bf16_is_faster(model, held_out[0].first(10).inputs(), place))
         dtype = "bfloat16" if faster else "float32"
     if dtype == "bfloat16":
         precision.cast_frozen_to_bf16(model)

@@ -48,8 +48,8 @@ PRESETS = {
             "linear.standardize": True, "language.lora_rank": 8,
         },
         "training": {
-            "steps": 120, "batch_size": 8, "lr": 5e-4, "lm_lr": 5e-4, "weight_decay": 0.1, "warmup_steps": 20,
-            "max_tokens": 64, "eval_every": 20, "save_every": 20, "patience": 3,
+            "steps": 120, "batch_size": 4, "accumulate": 2, "lr": 5e-4, "lm_lr": 5e-4, "weight_decay": 0.1,
+            "warmup_steps": 20, "max_tokens": 64, "eval_every": 20, "save_every": 20, "eval_batches": 8, "patience": 3,
         },
     },
     "photos-flamingo": {
