@@ -338,7 +338,7 @@ class TrainingOptions:
     preset: str = option(
         "classroom",
         "which recipe to train: classroom, photos, opt-125m or gpt2; classroom and opt-125m also with -kosmos, -blip "
-        "or -llava; palm-text, a language model on text alone",
+        "or -llava, photos with -flamingo; palm-text, a language model on text alone",
     )
     data: str | None = option(
         None,
