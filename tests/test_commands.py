@@ -147,7 +147,7 @@ for module in pkgutil.walk_packages(flamingo.__path__, "flamingo."):
 
 # --------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("arguments, reason", [
-    (["--preset", "opt-66b"], "unknown preset 'opt-66b': choose one of classroom, photos, opt-125m, gpt2"),
+    (["--preset", "opt-66b"], "unknown preset 'opt-66b': choose one of classroom, photos, photos-flamingo, opt-125m"),
     (["--stepz", "5"], "unrecognized arguments: --stepz"),
     (["--steps", "many"], "invalid int value"),
     (["--steps", "0"], "--steps must be at least 1, but is 0"),
