@@ -121,13 +121,11 @@ def draw_bars(path: Path, rows: Sequence[tuple[str, float, float]], unit: str, t
         for value, offset, name in ((own, -0.2, "ours"), (theirs, 0.2, "OpenFlamingo")):
             axes.barh(y + offset, value, height=0.36, color=COLORS[name], label=name if y == 0 else None)
             axes.text(value, y + offset, f" {value:.3g}", va="center", fontsize=8)
-        factor = max(own, theirs) / min(own, theirs)
-        axes.text(
-            0.99, y, f"{factor:.1f} ×", transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=11
-        )
+        factor = f"{max(own, theirs) / min(own, theirs):.1f} ×" if min(own, theirs) > 0 else ""
+        axes.text(0.99, y, factor, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=11)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.invert_yaxis()
-    axes.set_xlim(right=1.25 * max(max(own, theirs) for _, own, theirs in rows))
+    axes.set_xlim(right=1.25 * max(max(own, theirs) for _, own, theirs in rows) or 1)
     axes.set(xlabel=unit, title=title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)

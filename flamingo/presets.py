@@ -109,7 +109,7 @@ def _with_architecture(preset: str, architecture: str, model: dict | None = None
 _with_architecture("classroom", "kosmos", {"tokenizer.standardize": True}, {"gate_opening": 0.0, "steps": 1080})
 _with_architecture("classroom", "blip", {
     "qformer.depth": 4, "qformer.width": 192, "qformer.heads": 6, "qformer.ff_mult": 2, "qformer.num_latents": 16,
-    "qformer.dropout": 0.0, "qformer.standardize": True,
+    "qformer.dropout": 0.0,
 }, {"gate_opening": 0.0})  # fmt: skip
 _with_architecture("classroom", "llava", training={"gate_opening": 0.0})
 _with_architecture("classroom", "llava-lora", training={"gate_opening": 0.0, "lm_lr": 1e-3})

@@ -142,3 +142,9 @@ def test_both_sides_read_the_same_texts_and_ours_in_batches_of_equal_length():
         spread[name] = sum(max(len(t.ids) for t in b) - min(len(t.ids) for t in b) for b in batches) / len(batches)
     assert spread["ours"] < spread["peer"]
     assert [len(b) for b in train.evenly(train.own_batches(examples)(40), 4)] == [40] * 4
+
+
+def test_a_score_of_nothing_is_drawn_without_a_factor(tmp_path):
+    common.draw_bars(tmp_path / "bars.png", [("cider_d", 0.1, 0.0), ("bleu_4", 0.0, 0.0)], "score", "both sides")
+    with Image.open(tmp_path / "bars.png") as drawn:
+        assert drawn.width > 400
