@@ -76,7 +76,8 @@ def run_ours(examples: ExamplesWithFeatures, test: Tensor, minutes: float) -> tu
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     enable(model)
     cast_frozen_to_bf16(model)
-    stream = batches(examples, collate, batch_size=options.batch_size, steps=10**6, seed=options.seed)
+    pictures = options.batch_size * options.accumulate
+    stream = batches(examples, collate, batch_size=pictures, steps=10**6, seed=options.seed)
 
     def losses() -> Iterator[Callable[[], Tensor]]:
         for step, batch in enumerate(stream):

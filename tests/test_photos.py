@@ -48,6 +48,16 @@ def texts(processor, *captions: str) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def batches_equal_single_texts(model, processor) -> None:
+    features = torch.randn(2, 1, 1, 81, 1280)
+    captions = ("A dog runs through the snow.", "Two boys.")
+    together = model(**texts(processor, *captions), features=features).logits
+    for i, caption in enumerate(captions):  # its pad token is its eos: only the mask tells them apart
+        one = texts(processor, caption)
+        alone = model(**one, features=features[i : i + 1]).logits[0]
+        torch.testing.assert_close(together[i, : len(alone)], alone, atol=2e-3, rtol=1e-3)
+
+
 def test_the_converted_model_has_the_ggufs_weights(built):
     """Tensor by tensor against the file itself, read by its own package."""
     from gguf import GGUFReader, dequantize
@@ -87,14 +97,7 @@ def test_with_open_gates_cached_steps_equal_the_full_forward_and_batches_equal_s
             if name.endswith("_gate"):
                 parameter.fill_(0.5)
         check_decoding(model, lambda: torch.autocast("cpu", enabled=False))
-        features = torch.randn(2, 1, 1, 81, 1280)
-        captions = ("A dog runs through the snow.", "Two boys.")
-        inputs = texts(processor, *captions)
-        together = model(**inputs, features=features).logits
-        for i, caption in enumerate(captions):  # its pad token is its eos: only the mask tells them apart
-            one = texts(processor, caption)
-            alone = model(**one, features=features[i : i + 1]).logits[0]
-            torch.testing.assert_close(together[i, : len(alone)], alone, atol=2e-3, rtol=1e-3)
+        batches_equal_single_texts(model, processor)
     finally:
         for name, parameter in model.named_parameters():
             if name in before:
@@ -123,13 +126,7 @@ def test_in_the_stream_of_the_preset_too(cache):
     torch.manual_seed(0)
     model, processor, _ = build_flamingo(model_config(TrainingOptions(preset="photos")))
     check_decoding(model, lambda: torch.autocast("cpu", enabled=False))
-    features = torch.randn(2, 1, 1, 81, 1280)
-    captions = ("A dog runs through the snow.", "Two boys.")
-    together = model(**texts(processor, *captions), features=features).logits
-    for i, caption in enumerate(captions):
-        one = texts(processor, caption)
-        alone = model(**one, features=features[i : i + 1]).logits[0]
-        torch.testing.assert_close(together[i, : len(alone)], alone, atol=2e-3, rtol=1e-3)
+    batches_equal_single_texts(model, processor)
     plain, _ = load_language_model("smollm2-135m")
     ids = processor.tokenizer("The capital of France is", return_tensors="pt").input_ids
     words = model(ids, blind=True).logits[..., : plain.config.vocab_size]
