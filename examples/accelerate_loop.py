@@ -47,3 +47,4 @@ for epoch in range(3):
 if accelerator.is_main_process:
     accelerator.unwrap_model(together).save_pretrained(out)
     processor.save_pretrained(out)
+accelerator.end_training()
