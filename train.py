@@ -89,6 +89,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     for step in bar:
         optimizer.set_learning_rate(adamw, step, options)
         group = [loop.some_patches(next(stream), step, options) for _ in range(options.accumulate)]
+        loop.seed_dropout(step, options)
         targets, captions = ranks.total(sum(b.targets for b in group), sum(len(b.input_ids) for b in group))
         loss = torch.zeros((), device=place)
         for batch in group:

@@ -166,7 +166,8 @@ class LanguageConfig:
 
     name: Hugging Face id or folder. dim: D; found from the model when None, checked when given.
     freeze: False trains its own weights too. lora_rank: a frozen one gets matrices of this rank beside its own, which
-        train (LoRA); 0 for none. decoder_layers: where its layers are, if they cannot be found.
+        train (LoRA); 0 for none. lora_dropout: of what they read, while they train.
+    decoder_layers: where its layers are, if they cannot be found.
     fingerprint: of the weights the model was trained with; filled in by us.
     """
 
@@ -174,6 +175,7 @@ class LanguageConfig:
     dim: int | None = None
     freeze: bool = True
     lora_rank: int = 0
+    lora_dropout: float = 0.0
     decoder_layers: str | None = None
     fingerprint: str | None = None
 
@@ -212,6 +214,7 @@ PART_OF = {
 _FLAT_BY_NAME = {
     "lm": "language.name", "dim": "language.dim", "freeze_language_model": "language.freeze",
     "decoder_layers_attr_name": "language.decoder_layers", "lm_lora_rank": "language.lora_rank",
+    "lm_lora_dropout": "language.lora_dropout",
     "lm_fingerprint": "language.fingerprint",
     "clip_model_type": "vision.name", "dim_visual": "vision.dim", "freeze_vision_model": "vision.freeze",
     "vision_feature_norm": "vision.feature_norm", "vision_class_token": "vision.class_token",

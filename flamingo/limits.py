@@ -25,7 +25,7 @@ RANGES = {
     "max_num_frames": (0, 2**16), "max_num_media": (0, 2**16), "ff_mult": (1, 64), "every": (1, 1024),
     "init_gain": (0.0, 1e6), "query_gain": (0.0, 1e6), "latents_std": (0.0, 1e6), "image_size": (1, 4096),
     "dropout": (0.0, 0.999), "width": (1, 2**20), "shuffle": (1, 64), "num_patches": (1, 2**20),
-    "lora_rank": (0, 4096),
+    "lora_rank": (0, 4096), "lora_dropout": (0.0, 0.999),
     # TrainingOptions
     "seed": (0, SEEDS), "steps": (1, 10**9), "batch_size": (1, 10**7), "accumulate": (1, 10**6), "lr": (POSITIVE, 1e6),
     "gate_lr": (POSITIVE, 1e6), "lm_lr": (POSITIVE, 1e6), "weight_decay": (0.0, 1e6), "warmup_steps": (0, 10**9),

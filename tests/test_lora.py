@@ -9,6 +9,7 @@ from test_resume import start, start_and_kill
 
 from flamingo import FlamingoConfig, FlamingoModel, FlamingoProcessor, InputError
 from flamingo.classroom import scenes
+from flamingo.fast.enable import enable
 from flamingo.interop.backbones import build_flamingo
 from flamingo.presets import model_config
 from flamingo.training.checkpoint import load_model
@@ -17,7 +18,7 @@ from flamingo.training.optimizer import make_optimizer
 
 peft = pytest.importorskip("peft")
 
-LORA = ["--preset", "classroom-llava", "--set", "language.lora_rank=4"]
+LORA = ["--preset", "classroom-llava", "--set", "language.lora_rank=4", "--set", "language.lora_dropout=0.3"]
 SHORT = [*LORA, "--lm-lr", "0.01", "--steps", "4", "--batch-size", "4", "--eval-batches", "1", "--save-every", "1",
          "--dtype", "bfloat16", "--device", "cpu"]  # fmt: skip
 
@@ -68,12 +69,28 @@ def test_it_is_trained_saved_and_loaded_and_what_is_frozen_stays(trained):
     assert not torch.equal(model(**inputs).logits, with_lora)
 
 
-def test_killed_and_resumed_it_ends_the_same(trained, tmp_path):
+def test_killed_and_resumed_it_ends_the_same_with_dropout_too(trained, tmp_path):
     folder = tmp_path / "run"
     start_and_kill(folder, 2, *SHORT)
     assert start(folder, "--resume").wait() == 0
     one, other = load_file(trained / "model.safetensors"), load_file(folder / "model.safetensors")
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_dropout_acts_while_it_trains_and_then_alone(trained):
+    model = load_model(trained).model
+    ids = torch.tensor([[2, model.media_token_id, 11, 12, 13]])
+    pixels = torch.randn(1, 1, 1, 3, 96, 96)
+    draw = lambda: model(ids, pixel_values=pixels).logits  # noqa: E731
+    assert torch.equal(draw(), draw())
+    model.train()
+    assert not torch.equal(draw(), draw())
+
+
+def test_the_same_fast_pieces_are_laid_on_whatever_dropout_draws(trained):
+    """Once they were not where two trials of the same text differed, and a resumed run had other roundings."""
+    model = load_model(trained).model
+    assert enable(model.train()) == ["chunked", "few_at_once"] and model.training
 
 
 def test_what_does_not_go_together():

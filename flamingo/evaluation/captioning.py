@@ -35,11 +35,12 @@ class Decoding:
     beams: that many beginnings are followed at once, and the likeliest whole caption wins. candidates: so many captions
     are drawn at random, and the one that has most in common with the others is given: what is said in one of them only
     is more often wrong than what most of them say (minimum Bayes risk, Kumar and Byrne 2004). 1 and 1: the likeliest
-    token each time.
+    token each time. neighbours: captions of so many similar pictures help to choose (consensus.py); 0: none do.
     """
 
     beams: int = 1
     candidates: int = 1
+    neighbours: int = 0
 
     def options(self) -> dict:
         """For `generate`."""
@@ -151,16 +152,40 @@ def continue_texts(
         generation_options: see `Flamingo.generate`.
     """
     options, count = {"max_new_tokens": NEW_TOKENS} | decoding.options() | generation_options, decoding.candidates
+    how = {"blind": blind, "autocast": autocast, "batch_size": max(1, batch_size // decoding.beams)}
+    several = _continuations(model, processor, latents, texts, count, options, progress=progress, **how)
+    return [captions[0] if count == 1 else most_typical(captions) for captions in several]
 
-    def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> list[str]:
+
+@torch.no_grad()
+def draw_texts(
+    model: Flamingo, processor: FlamingoProcessor, latents: Tensor, texts: Sequence[Sequence[Chunk]], count: int, *,
+    temperature: float, autocast: Callable[[], AbstractContextManager] = nullcontext, batch_size: int = 128,
+    progress: str | None = None,
+) -> list[list[str]]:  # fmt: skip
+    """`count` continuations of each text, drawn at random by torch's global generator; else as `continue_texts`."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "num_return_sequences": count,
+               "temperature": temperature}  # fmt: skip
+    return _continuations(
+        model, processor, latents, texts, count, options, blind=False, autocast=autocast, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _continuations(
+    model: Flamingo, processor: FlamingoProcessor, latents: Tensor, texts: Sequence[Sequence[Chunk]], count: int,
+    options: dict, *, blind: bool, autocast: Callable[[], AbstractContextManager], batch_size: int,
+    progress: str | None,
+) -> list[list[str]]:  # fmt: skip
+    """The `count` texts that `generate` gives with these options for each text."""
+
+    def answer(input_ids: Tensor, attention_mask: Tensor, pictures: dict) -> list[list[str]]:
         with autocast():
             generated = model.generate(input_ids, attention_mask, **({"blind": True} if blind else pictures), **options)
         said = processor.decode_captions(generated, input_ids.shape[1])
-        if count == 1:
-            return said
-        return [most_typical(said[first : first + count]) for first in range(0, len(said), count)]
+        return [said[first : first + count] for first in range(0, len(said), count)]
 
-    batch_size = max(1, batch_size // (count * decoding.beams))
+    batch_size = max(1, batch_size // count)
     shared = _can_share(model) and count == 1  # candidates are drawn one after the other
     return _in_batches(processor, latents, texts, batch_size, progress, answer, shared)
 

@@ -8,7 +8,8 @@ which are given no picture or the wrong one:
     constant    the same caption for every picture: the one of the support pictures that is most like all others
     copy_demo   the caption of another picture, drawn from the support: what a model that copies its example gives
 
-On a captioned set two more, which the encoder gives without any language model: nearest and typical (neighbours.py).
+On a captioned set two more, which the encoder gives without any language model: nearest and typical (neighbours.py);
+where captions of similar pictures help to choose, also the best of these, consensus (consensus.py).
 
 Only what lies above all of them was read off the picture. Whether a difference is more than chance is tested picture by
 picture: score minus control, resampled (a paired bootstrap).
@@ -18,6 +19,7 @@ import random
 from collections.abc import Sequence
 
 from flamingo.evaluation import neighbours
+from flamingo.evaluation.consensus import Judges, choose_captions
 from flamingo.evaluation.metrics import bootstrap_interval, caption_metrics, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
@@ -29,15 +31,15 @@ CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
 SHOWN_INSTEAD = {
     "blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
     "copy_demo": "a copied example", "nearest": "the nearest picture's caption",
-    "typical": "the most typical of its neighbours' captions",
+    "typical": "the most typical of its neighbours' captions", "consensus": "the best of its neighbours' captions",
 }  # fmt: skip
 COMPARED = 128  # captions among which the constant one is looked for: each is compared with all
 
 
-def controls_of(test_set: EvaluationSet) -> tuple[str, ...]:
-    """The controls of a test set: in the classroom a neighbour's caption would mean nothing, for there are as many
-    scenes as one likes."""
-    return CONTROLS if test_set.classroom else (*CONTROLS, *neighbours.CONTROLS)
+def controls_of(predictions: dict[str, list[str]]) -> list[str]:
+    """The controls that there are predictions of: in the classroom a neighbour's caption would mean nothing, for there
+    are as many scenes as one likes."""
+    return [name for name in SHOWN_INSTEAD if name in predictions]
 
 
 def answer_all(
@@ -49,13 +51,20 @@ def answer_all(
     items = test_set.items
     others = rows[1:] + rows[:1]
 
+    judges = None
+    if predictor.decoding.neighbours:
+        judges = Judges(test_set.support, predictor.pooled[support_rows], predictor.decoding.neighbours)
+
     def predict(pictures: Sequence[int], asked: Sequence[Item], title: str, **control) -> list[str]:
+        if judges and not control:  # a picture that is taken away has no neighbours
+            return parts.keep(title, lambda: choose_captions(predictor, judges, pictures, asked, title))
         return parts.keep(title, lambda: predictor.caption(pictures, asked, title, **control))
 
     def of_neighbours() -> dict[str, list[str]]:
-        return neighbours.captions_of_neighbours(
+        found = neighbours.captions_of_neighbours(
             predictor.pooled[rows], predictor.pooled[support_rows], test_set.support
         )
+        return found | ({"consensus": [judges.best(predictor.pooled[row], 1)[0] for row in rows]} if judges else {})
 
     alike = {} if test_set.classroom else parts.keep("neighbours", of_neighbours)
     return alike | {
@@ -102,7 +111,7 @@ def score_with_controls(test_set: EvaluationSet, predictions: dict[str, list[str
             for group, which in by_group(test_set.items).items()
         },
         "metrics": scores(predictions["own"], truths, seed),
-        "controls": {name: scores(predictions[name], truths, seed) for name in controls_of(test_set)},
+        "controls": {name: scores(predictions[name], truths, seed) for name in controls_of(predictions)},
     }
     result |= verdict(test_set, predictions, seed)
     if test_set.novel:
@@ -135,7 +144,7 @@ def verdict(test_set: EvaluationSet, predictions: dict[str, list[str]], seed: in
 
     By exact match in the classroom, where there is one right caption, else (or if it is never right) by CIDEr-D.
     """
-    truths, compared = [item.truths for item in test_set.items], controls_of(test_set)
+    truths, compared = [item.truths for item in test_set.items], controls_of(predictions)
     per_picture = {name: exact_match(predictions[name], truths) for name in ("own", *compared)}
     metric = "exact match"
     if not (test_set.classroom and per_picture["own"].any()):

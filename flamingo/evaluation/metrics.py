@@ -131,35 +131,53 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]], 
     _check_pairs(candidates, references)
     if len(candidates) < 2:
         raise InputError(f"CIDEr-D needs at least 2 pictures: {ONE_PICTURE}")
-    pictures_with = Counter()
-    for right in references:
-        pictures_with.update(
-            {gram for words in right for order in range(1, ORDERS + 1) for gram in ngrams(words, order)}
-        )
-
-    def weigh(words: Words) -> list[dict[tuple, float]]:  # one dictionary for each order
-        return [
-            {gram: count * math.log(len(references) / max(1, pictures_with[gram])) for gram, count in grams.items()}
-            for grams in (ngrams(words, order) for order in range(1, ORDERS + 1))
-        ]
-
+    cider = Cider(references, sigma)
     scores = []
     for predictions, right in zip(candidates, references, strict=True):
-        weighed, total = weigh(predictions), 0.0
-        for words in right:
-            # pycocoevalcap measures lengths in pairs of words: the same difference, except for an empty caption
-            gap = max(0, len(predictions) - 1) - max(0, len(words) - 1)
-            alike = sum(map(_clipped_cosine, weighed, weigh(words))) / ORDERS
-            total += alike * math.exp(-(gap**2) / (2 * sigma**2))
-        scores.append(10 * total / len(right))
+        weighed = cider.weigh(predictions)
+        scores.append(sum(cider.alike(weighed, cider.weigh(words)) for words in right) / len(right))
     return np.array(scores)
 
 
-def _clipped_cosine(predictions: dict[tuple, float], right: dict[tuple, float]) -> float:
-    """Cosine of two weighed n-gram lists, where an n-gram more frequent than in the reference earns no more."""
-    norm = math.hypot(*predictions.values()) * math.hypot(*right.values())
-    shared = sum(min(weight, right[gram]) * right[gram] for gram, weight in predictions.items() if gram in right)
-    return shared / norm if norm else 0.0
+@dataclass(frozen=True)
+class Weighed:
+    """A caption as CIDEr-D sees it: for each order its n-grams with their weights, and the length of that list as a
+    vector. words: how many."""
+
+    grams: list[dict[tuple, float]]
+    norms: list[float]
+    words: int
+
+
+class Cider:
+    """How alike two captions are, by CIDEr-D, where n-grams weigh log(N / pictures that have it in a reference)."""
+
+    def __init__(self, references: Sequence[Sequence[Words]], sigma: float = 6.0):
+        self.pictures, self.sigma, self.pictures_with = len(references), sigma, Counter()
+        for right in references:
+            self.pictures_with.update(
+                {gram for words in right for order in range(1, ORDERS + 1) for gram in ngrams(words, order)}
+            )
+
+    def weigh(self, words: Words) -> Weighed:
+        grams = [
+            {gram: count * math.log(self.pictures / max(1, self.pictures_with[gram])) for gram, count in found.items()}
+            for found in (ngrams(words, order) for order in range(1, ORDERS + 1))
+        ]
+        return Weighed(grams, [math.hypot(*weights.values()) for weights in grams], len(words))
+
+    def alike(self, predictions: Weighed, right: Weighed) -> float:
+        """From 0 to 10: the mean cosine of the orders' weighed n-grams, where an n-gram more frequent than in the
+        reference earns no more, times what is forgiven of a difference in length."""
+        cosines = 0.0
+        for own, others, *norms in zip(predictions.grams, right.grams, predictions.norms, right.norms, strict=True):
+            if norm := math.prod(norms):
+                cosines += (
+                    sum(min(own[gram], others[gram]) * others[gram] for gram in own.keys() & others.keys()) / norm
+                )
+        # pycocoevalcap measures lengths in pairs of words: the same difference, except for an empty caption
+        gap = max(0, predictions.words - 1) - max(0, right.words - 1)
+        return 10 * cosines / ORDERS * math.exp(-(gap**2) / (2 * self.sigma**2))
 
 
 def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> np.ndarray:

@@ -65,6 +65,14 @@ class Predictor:
             decoding=self.decoding,
         )  # fmt: skip
 
+    def draw(self, texts: Sequence[Sequence[Chunk]], count: int, temperature: float, title: str) -> list[list[str]]:
+        """`count` continuations of each text, drawn at random by seed."""
+        torch.manual_seed(self.seed)
+        return captioning.draw_texts(
+            self.model, self.processor, self.latents, texts, count, temperature=temperature, autocast=self.autocast,
+            progress=title,
+        )  # fmt: skip
+
     def caption(self, rows: Sequence[int], items: Sequence[Item], title: str, *, blind: bool = False) -> list[str]:
         """What the model generates after each item's prompt, beside the picture of the bank in the same place of
         `rows`: its own, or as a control another's."""
@@ -72,7 +80,7 @@ class Predictor:
         return self.predict(texts, title, blind=blind)
 
     def choose(
-        self, texts: Sequence[Sequence[Chunk]], answers: Sequence[str], title: str, *, blind: bool = False
+        self, texts: Sequence[Sequence[Chunk]], answers: Sequence[str], title: str | None, *, blind: bool = False
     ) -> Tensor:
         """Log-likelihood of each answer at the end of each text, (B, K)."""
         return captioning.score_answers(

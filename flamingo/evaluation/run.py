@@ -5,7 +5,8 @@ n, exact_match, exact_match_blind, exact_match_shuffled, exact_match_novel
 by_objects              number of drawn things (captioned sets: of pictures) → n and the exact matches
 novel                   the scenes of novel objects: n, exact_match, by_objects, metrics (not on captioned sets)
 metrics                 name → {value, low, high, n, scale}; low and high are the 95 % interval over pictures
-controls                blind, shuffled, constant, copy_demo, captioned sets also nearest, typical → metrics
+controls                blind, shuffled, constant, copy_demo, captioned sets also nearest, typical
+                        (and consensus: consensus.py) → metrics
 looks, verdict          does it look: true or false, and in a sentence; headline_metric: by which score
 gain                    control → {value, low, high}: score minus control, paired by picture
 exact_match_style_given, exact_match_novel_style_given

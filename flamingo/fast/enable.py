@@ -33,12 +33,15 @@ def enable(model: VisionLanguageModel, pieces: tuple[str, ...] = PIECES) -> list
     pieces: of PIECES, in this order; packed needs chunked. Returns those that were installed.
     Raises InputError, naming the library, when the fast model has another loss than the plain one.
     """
+    training = model.training
+    model.eval()  # dropout would make any two trials differ
     chosen: list[str] = []
     for piece in pieces:
         chosen += [piece] if _fits(model, piece, chosen) else []
     before = _trial_losses(model)
     install(model, chosen)
     after = _trial_losses(model)
+    model.train(training)
     for plain, fast in zip(before, after, strict=True):
         if not abs(plain - fast) <= TOLERANCE * abs(plain):  # not a number is no agreement either
             what = f"computes another loss by flamingo/fast ({fast:.4f}) than by the plain model ({plain:.4f})"

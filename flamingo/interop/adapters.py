@@ -105,7 +105,8 @@ def add_lora(model: nn.Module, language: LanguageConfig) -> None:
     names = {name for layer in own for name, module in layer if isinstance(module, (nn.Linear, Conv1D))}
     pattern = rf"flamingo\.lang_encoder\.(?!.*gated_cross_attn_layer).*\.({'|'.join(map(re.escape, sorted(names)))})"
     rank = language.lora_rank
-    add_adapter(model, BUILT_IN, peft().LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern))
+    config = peft().LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=language.lora_dropout, target_modules=pattern)
+    add_adapter(model, BUILT_IN, config)
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -136,11 +136,11 @@ class FlamingoModel(LoadAndSave, Generate, Adapters, PreTrainedModel, Generation
         self.config.freeze_language_model = not trains
 
     def train(self, mode: bool = True) -> "FlamingoModel":
-        """Frozen parts stay in eval mode; what a user has put into them does not: the dropout of a LoRA adapter, the
-        noise on the token embeddings that the Trainer's neftune_noise_alpha is."""
+        """Frozen parts stay in eval mode (model/vlm.py); what a user has put into them does not: the noise on the token
+        embeddings that the Trainer's neftune_noise_alpha is."""
         super().train(mode)
-        for name, module in self.named_modules():
-            if "lora_dropout" in name or hasattr(module, "neftune_noise_alpha"):
+        for module in self.modules():
+            if hasattr(module, "neftune_noise_alpha"):
                 module.train(mode)
         return self
 

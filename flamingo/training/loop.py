@@ -38,6 +38,12 @@ def validate(
     return {name: total / max(1, targets) for name, total in zip(totals, sums, strict=True)}
 
 
+def seed_dropout(step: int, options: TrainingOptions) -> None:
+    """What dropout draws in a step is a function of (seed, step) alone, so that a resumed run draws the same. (And of
+    the process, since each has texts of its own.)"""
+    torch.manual_seed((options.seed * 1_000_003 + step * ranks.count() + ranks.rank()) % 2**63)
+
+
 def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
     """The batch with a share of each picture's patches, the same places for all; a function of (seed, step) alone.
 

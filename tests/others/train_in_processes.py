@@ -37,5 +37,7 @@ trainer = Trainer(model, settings, train_dataset=rows, data_collator=collate, pr
 trainer.train()
 if trainer.is_world_process_zero():
     print("losses", *(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
-if torch.distributed.is_initialized():  # the Trainer does not, and then one of eight such runs ended in an abort at its exit
+if (
+    torch.distributed.is_initialized()
+):  # the Trainer does not, and then one of eight such runs ended in an abort at its exit
     torch.distributed.destroy_process_group()

@@ -1,0 +1,103 @@
+"""How one of several captions is chosen: by what they have in common, and by what similar pictures' captions say."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize, one_hot
+
+from flamingo.evaluation import captioning, consensus
+from flamingo.evaluation.consensus import Judges, choose_captions
+from flamingo.evaluation.metrics import cider_d
+from flamingo.evaluation.ptb import ptb_tokens
+from flamingo.evaluation.test_set import Item
+
+DOGS = ["a brown dog runs on grass", "two dogs play on green grass"], ["a dog runs over the grass", "a dog outside"]
+CAPTIONS = [*DOGS, ["a red car in a street"], ["a boat on the sea"], ["people sit at a table"]]
+SUPPORT = [Item(Image.new("RGB", (8, 8)), "", captions, "1") for captions in CAPTIONS]
+VECTORS = one_hot(torch.arange(5), 6).float()
+VECTORS[:, 5] = torch.tensor([1.0, 0.8, 0.1, 0.0, 0.1])  # how much of a dog is in it
+VECTORS = normalize(VECTORS, dim=-1)
+DOG = normalize(torch.tensor([0.3, 0, 0, 0, 0, 1.0]), dim=-1)
+
+
+@pytest.fixture
+def judges() -> Judges:
+    return Judges(SUPPORT, VECTORS, 2)
+
+
+def test_the_most_similar_pictures_judge_and_the_nearest_counts_most(judges):
+    captions, weights = judges.neighbours(DOG)
+    assert captions == list(DOGS) and weights[0] > weights[1] > 0 and weights.sum() == pytest.approx(1)
+    assert len(Judges(SUPPORT, VECTORS, 40).neighbours(DOG)[0]) == 5  # all there are
+
+
+def test_what_is_expected_is_cider_d_against_the_neighbours_captions(judges):
+    candidates = ["a dog runs on the grass", "a boat on the sea", ""]
+    references = [[ptb_tokens(text) for text in texts] for texts in CAPTIONS]
+
+    def alone(text: str, neighbour: int) -> float:
+        """Its CIDEr-D there, by the metric itself: the n-grams' weights are those of the whole support."""
+        return cider_d([ptb_tokens(text)] * len(references), references)[neighbour]
+
+    _, weights = judges.neighbours(DOG)
+    right = [weights[0] * alone(text, 0) + weights[1] * alone(text, 1) for text in candidates]
+    np.testing.assert_allclose(judges.expected(DOG, candidates), right, atol=1e-6)
+    assert right[0] > 1 > right[1] > right[2] == 0
+
+
+def test_no_caption_is_its_own_judge(judges):
+    own = Judges(SUPPORT, VECTORS, 1)
+    assert own.expected(normalize(VECTORS[3], dim=-1), ["a boat on the sea"]).tolist() == [0]
+    best = judges.best(DOG, 4)
+    assert sorted(best) == sorted([*DOGS[0], *DOGS[1]])
+    assert best[0] in ("a brown dog runs on grass", "a dog runs over the grass") and judges.best(DOG, 1) == best[:1]
+
+
+@pytest.mark.parametrize("unlikely, chosen", [
+    (None, "a dog runs on the grass"),  # the neighbours' words about what the model says too
+    ("a dog runs on the grass", "a brown dog runs on grass"),  # and where the model is sure that it is not so
+])  # fmt: skip
+def test_neighbours_and_likelihood_choose_together(judges, unlikely, chosen):
+    nats = {"a dog runs on the grass": -6.0, "a brown dog runs on grass": -9.0}
+
+    class Stub:
+        pooled = torch.stack([torch.zeros(6), DOG])
+
+        def predict(self, texts, title):
+            return ["a cat"] * len(texts)
+
+        def draw(self, texts, count, temperature, title):
+            return [["a dog runs on the grass", "a cat"]] * len(texts)
+
+        def choose(self, texts, answers, title):
+            assert len(texts) == 1 and len(set(answers)) == len(answers) and texts[0][0].picture == 1
+            return torch.tensor([[-200.0 if text == unlikely else nats.get(text, -40.0) for text in answers]])
+
+    assert choose_captions(Stub(), judges, [1], [SUPPORT[0]], "captioning") == [chosen]
+
+
+def test_of_several_drawn_candidates_the_most_typical_is_given(monkeypatch):
+    """`--candidates 3`: three texts of each prompt, in the prompts' order, and the one most like the others."""
+    said = ["a dog", "a dog runs", "a house", "the sea", "a red boat", "a boat"]
+    asked = {}
+
+    def several(model, processor, latents, texts, batch_size, progress, answer, shared):
+        asked["batch_size"], asked["shared"] = batch_size, shared
+        return answer(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), {})
+
+    def generate(ids, mask, **options):
+        asked.update(options)
+        return torch.zeros(len(said), 5)
+
+    monkeypatch.setattr(captioning, "_in_batches", lambda processor, *rest: several(None, processor, *rest))
+    model = SimpleNamespace(generate=generate, parameters=lambda: iter(()))
+    processor = SimpleNamespace(decode_captions=lambda ids, start: said)
+    how = captioning.Decoding(candidates=3)
+    assert captioning.continue_texts(model, processor, None, [[], []], decoding=how) == ["a dog", "a red boat"]
+    assert (asked["do_sample"], asked["num_return_sequences"]) == (True, 3)
+    drawn = captioning.draw_texts(model, processor, None, [[], []], 3, temperature=0.9)
+    assert drawn == [said[:3], said[3:]] and asked["temperature"] == 0.9
+    assert consensus.DRAWN > 1
