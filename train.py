@@ -21,7 +21,7 @@ from pathlib import Path  # noqa: E402
 from flamingo import ranks  # noqa: E402
 from flamingo.config import TrainingOptions  # noqa: E402
 from flamingo.errors import run_command  # noqa: E402
-from flamingo.presets import is_text_only, model_config  # noqa: E402
+from flamingo.presets import is_text_only, language_model_on_hub, model_config  # noqa: E402
 from flamingo.run_folder import in_run_folder  # noqa: E402
 from flamingo.training.command_line import parse_training_options  # noqa: E402
 
@@ -127,6 +127,10 @@ def start(argv: list[str]) -> None:
         options, work = parse_training_options(argv), main
         if is_text_only(options.preset):
             from flamingo.training.text import train_on_text as work
+        elif name := language_model_on_hub(options):
+            from flamingo.interop.hub import must_be_at_hand
+
+            must_be_at_hand(name)
         in_run_folder(work, options)
 
 

@@ -97,6 +97,12 @@ def is_text_only(preset: str) -> bool:
     return "palm" in PRESETS[preset]
 
 
+def language_model_on_hub(options: TrainingOptions) -> str | None:
+    """The preset's language model, if it is to be had from a hub only, and no other one is named."""
+    own, used = PRESETS[options.preset]["model"].get("language.name"), model_config(options).language.name
+    return own if own == used and not options.preset.startswith(("classroom", "photos")) else None
+
+
 def _with_architecture(preset: str, architecture: str, model: dict | None = None, training: dict | None = None) -> None:
     """The preset's backbones and data under another architecture, as a preset of its own."""
     base, built = PRESETS[preset], ModelConfig(**{k: v for k, v in ARCHITECTURES[architecture].items() if "." not in k})

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +16,10 @@ from safetensors.torch import save_file
 from flamingo.errors import InputError
 from flamingo.interop import packaged
 from flamingo.interop.backbones import load_language_model, load_vision_encoder
+from flamingo.presets import language_model_on_hub
+from flamingo.training.command_line import parse_training_options
 
+ROOT = Path(__file__).resolve().parent.parent
 FILE = b"weights, in the eyes of a test"
 GOOD = packaged.Packaged("fake-weights", "1.0", "models/w.pth", "0" * 64)
 
@@ -171,3 +178,24 @@ def test_without_a_hub_libraries_are_put_offline_and_a_sentence_says_what_to_fet
         assert load_vision_encoder("asset:classroom/clip").dim > 0  # what is here needs no hub
     finally:
         hub.is_there_a_hub.cache_clear()
+
+
+@pytest.mark.parametrize("preset", ["opt-125m", "opt-125m-blip", "gpt2", "medical"])
+def test_a_recipe_that_needs_a_hub_says_so_before_anything_heavy_is_imported(preset, tmp_path):
+    code = (
+        "import sys\nfrom flamingo.errors import InputError\nimport train\n"
+        f"try:\n    train.start(['--preset', {preset!r}, '--data', 'here', '--out', 'run'])\n"
+        "except InputError as error:\n    print(error, 'torch' in sys.modules)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "cannot load the language model" in done.stdout and "--preset photos and --preset classroom" in done.stdout
+    assert done.stdout.split()[-1] == "False" and not (tmp_path / "run").exists()
+
+
+def test_a_model_of_ones_own_is_not_looked_for_on_the_hub():
+    parse = lambda *words: language_model_on_hub(parse_training_options([*words]))  # noqa: E731
+    assert parse("--preset", "gpt2") == "gpt2" and parse("--preset", "opt-125m-llava") == "facebook/opt-125m"
+    assert parse("--preset", "opt-125m", "--lm", "runs/palm") is None
+    assert parse("--preset", "gpt2", "--set", "language.name=my/folder") is None
+    assert parse() is parse("--preset", "photos") is parse("--preset", "classroom-blip") is None

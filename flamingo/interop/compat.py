@@ -272,6 +272,14 @@ def is_repacked(parameter: Tensor) -> bool:
     return getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False)
 
 
+def set_training(lm: nn.Module, mode: bool, own_weights_train: bool) -> None:
+    """train() or eval() for a language model: frozen, it stays in eval, but not the dropout of adapters beside it."""
+    lm.train(mode and own_weights_train)
+    for name, module in lm.named_modules():
+        if "lora_dropout" in name:  # peft's name
+            module.train(mode)
+
+
 def name_adapters(model: nn.Module, configs: dict) -> None:
     """Let a `PreTrainedModel` know the adapters that are in it already, by name, as its `add_adapter` would have."""
     model._hf_peft_config_loaded, model.peft_config = True, configs

@@ -6,8 +6,11 @@ kept from an earlier run loads at once, and what is missing is missing at once.
 """
 
 import functools
+from pathlib import Path
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+from flamingo.errors import InputError
 
 SECONDS = 4.0  # to wait for an answer
 
@@ -23,6 +26,16 @@ def is_there_a_hub() -> bool:
         constants.HF_HUB_OFFLINE = True
         return False
     return True
+
+
+def must_be_at_hand(language_model: str) -> None:
+    """Raises InputError for a language model of the hub that this machine has never loaded, where there is no hub.
+
+    Asked before PyTorch is imported, which takes longer than to ask. (A damaged cache shows when it is read.)
+    """
+    known = Path(language_model).is_dir() or isinstance(try_to_load_from_cache(language_model, "config.json"), str)
+    if not known and not is_there_a_hub():
+        raise InputError(f"cannot load the language model {language_model}: {how_to_do_without(language_model)}")
 
 
 def how_to_do_without(repository: str | None) -> str:

@@ -108,14 +108,10 @@ class VisionLanguageModel(TextGeneration, nn.Module):
     # ---------------------------------------------------------------------------------------- what trains
     def train(self, mode: bool = True) -> "VisionLanguageModel":
         """Frozen parts stay in eval mode: a frozen model with dropout would not be the same model from step to step.
-        (So do the blocks inside the language model, which have no dropout.) An adapter beside frozen matrices does drop
-        out, of what it alone reads."""
+        (So do the blocks inside the language model, which have no dropout; an adapter's own dropout does act.)"""
         super().train(mode)
         self.vision_encoder.eval()
-        self.lang_encoder.train(mode and self.trains_language_model)
-        for module in self.lang_encoder.modules():
-            if isinstance(dropout := getattr(module, "lora_dropout", None), nn.Module):
-                dropout.train(mode)
+        compat.set_training(self.lang_encoder, mode, self.trains_language_model)
         return self
 
     def added_parts(self) -> list[nn.Module]:
