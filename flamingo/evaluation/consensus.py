@@ -28,6 +28,7 @@ from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import Item
 
 DRAWN, TEMPERATURE = 8, 0.7  # captions of the model's own beside the likeliest one
+NEAREST = 10  # neighbours whose captions may be given; more of them judge
 LIKELIHOOD = 0.15  # CIDEr-D that a nat a word is worth
 SHARPNESS = 10.0  # a neighbour weighs exp(SHARPNESS · cosine)
 
@@ -70,7 +71,7 @@ class Judges:
         """The neighbours' captions with the highest expected CIDEr-D, the first of equals first."""
         key = vector.cpu().numpy().tobytes()
         if key not in self._best:  # asked for again with another's picture (a control)
-            texts = list(dict.fromkeys(text for captions in self.neighbours(vector)[0] for text in captions))
+            texts = list(dict.fromkeys(text for captions in self.neighbours(vector)[0][:NEAREST] for text in captions))
             order = np.argsort(-self.expected(vector, texts), kind="stable")
             self._best[key] = [texts[k] for k in order[:DRAWN]]
         return self._best[key][:count]
