@@ -70,6 +70,19 @@ def test_a_captioned_set_is_scored_beside_another_picture(trained):
     assert look.facts["metric"] == "cider_d" and "for their own pictures" in look.sentence and not look.looks
 
 
+def test_few_pictures_prove_neither(trained, monkeypatch):
+    """One of four captions right with its picture, none without: better, but no more than chance may be."""
+    model, processor, _ = trained
+    said = {True: ["a house"] * 4, False: ["a red cat", *["a house"] * 3]}
+    monkeypatch.setattr(module, "own_captions", lambda *how: said[how[-1] is True])
+    items = validation_items(Captioned([["a red cat"], ["a dog on grass"], ["two birds"], ["a boat at sea"]]), 0)
+    items.sort(key=lambda item: item.truths[0] != "a red cat")
+    look = first_look(model, processor, items, nullcontext)
+    assert not look.looks and "NOT" not in look.sentence and "4 pictures are too few to tell" in look.sentence
+    said[False] = said[True]
+    assert first_look(model, processor, items, nullcontext).sentence.startswith("NOT a model that looks: ")
+
+
 def test_only_a_picture_that_stands_first_counts(trained):
     model, processor, _ = trained
     assert validation_items(Captioned([[], []]), 0) == []

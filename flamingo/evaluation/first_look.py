@@ -90,7 +90,9 @@ def first_look(
         beside = f"{other.mean():.3f} for another's, {marks_blind.mean():.3f} without any"
     looks = all(bootstrap_interval(marks - control, seed=0)[0] > 0 for control in controls)
     sentence = f"{score}, {beside}"
-    if not looks:
+    if not looks and len(items) < PICTURES and all(marks.mean() > control.mean() for control in controls):
+        sentence += f" ({len(items)} pictures are too few to tell such a difference from chance: ask evaluate.py)"
+    elif not looks:
         sentence = f"NOT a model that looks: {sentence}, so its captions do not come from the picture; {READ_ON}"
     elif metric == "exact_match" and marks.mean() < WELL_LEARNED:
         found = confusions([item.scene for item in items], [item.truths[0] for item in items], own)
