@@ -3,9 +3,9 @@
     pip install scikit-image scikit-learn
     python -m benchmarks.bundled runs/mine [--beams 3] [--figure FILE]
 
-The pictures are those that these two packages bring with them and that may be shown (licences: README). Each gets a
-caption, and one question: the model was trained on captions alone, so what it answers shows what of the language
-model's own knowledge of questions is left, and how little of it looks at the picture. Nothing is chosen or left out.
+The pictures are the photographs of everyday things that these two packages bring with them and say the licence of
+(README). Each gets a caption, and one question: the model was trained on captions alone, so what it answers shows what
+is left of the language model's own knowledge of questions, and how little of it looks at the picture.
 """
 
 import importlib.util
@@ -26,13 +26,11 @@ PICTURES = {  # (package, file in it) → a question
     ("skimage", "data/coffee.png"): "What is in the cup?",
     ("skimage", "data/astronaut.png"): "What is the woman wearing?",
     ("skimage", "data/camera.png"): "What is the man doing?",
-    ("skimage", "data/rocket.jpg"): "What is it?",
-    ("skimage", "data/motorcycle_left.png"): "What is in the room?",
     ("sklearn", "datasets/images/china.jpg"): "What colour is the roof?",
     ("sklearn", "datasets/images/flower.jpg"): "What colour is the flower?",
 }
 INSTALL = "pip install scikit-image scikit-learn"
-COLUMNS = 4
+COLUMNS = 3
 
 
 def open_bundled(package: str, file: str) -> Image.Image:

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from benchmarks import classroom, common, decode, growth, memory, pieces, precision, scale, shapes, train
+from benchmarks import bundled, classroom, common, decode, growth, memory, pieces, precision, scale, shapes, train
+from flamingo.classroom import scenes
 from flamingo.errors import InputError
+from flamingo.files import asset
 
 needs_peer = pytest.mark.skipif(
     importlib.util.find_spec("open_flamingo") is None or importlib.util.find_spec("einops_exts") is None,
@@ -148,3 +150,15 @@ def test_a_score_of_nothing_is_drawn_without_a_factor(tmp_path):
     common.draw_bars(tmp_path / "bars.png", [("cider_d", 0.1, 0.0), ("bleu_4", 0.0, 0.0)], "score", "both sides")
     with Image.open(tmp_path / "bars.png") as drawn:
         assert drawn.width > 400
+
+
+def test_photographs_of_packages_are_captioned_and_asked_about(tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match="pip install scikit-image"):
+        bundled.open_bundled("no_such_package", "data/cat.png")
+    scene = scenes.make_scene(0, "test", 0)
+    monkeypatch.setattr(bundled, "open_bundled", lambda *name: scene.draw())
+    figure = tmp_path / "strip.png"
+    bundled.main([str(asset("classroom/flamingo")), "--beams", "2", "--figure", str(figure)])
+    out = capsys.readouterr().out
+    assert out.count("What ") == len(bundled.PICTURES) and any(thing in out for thing in scene.names)
+    assert Image.open(figure).width > 600
