@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.common import ASSETS
+from flamingo.data.pictures import open_picture
 from flamingo.errors import InputError, OneSentenceParser, run_command
 from flamingo.figures.run_figures import plt
 from flamingo.files import write_atomically
@@ -39,7 +40,7 @@ def open_bundled(package: str, file: str) -> Image.Image:
     path = found and Path(found.origin).parent / file
     if not path or not path.is_file():
         raise InputError(f"{file} of {package} is not there: {INSTALL}")
-    return Image.open(path).convert("RGB")
+    return open_picture(path)
 
 
 def main(argv: list[str]) -> None:

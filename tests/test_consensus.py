@@ -84,15 +84,14 @@ def test_of_several_drawn_candidates_the_most_typical_is_given(monkeypatch):
     said = ["a dog", "a dog runs", "a house", "the sea", "a red boat", "a boat"]
     asked = {}
 
-    def several(model, processor, latents, texts, batch_size, progress, answer, shared):
-        asked["batch_size"], asked["shared"] = batch_size, shared
+    def one_batch(processor, latents, texts, batch_size, progress, answer, shared):
         return answer(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), {})
 
     def generate(ids, mask, **options):
         asked.update(options)
         return torch.zeros(len(said), 5)
 
-    monkeypatch.setattr(captioning, "_in_batches", lambda processor, *rest: several(None, processor, *rest))
+    monkeypatch.setattr(captioning, "_in_batches", one_batch)
     model = SimpleNamespace(generate=generate, parameters=lambda: iter(()))
     processor = SimpleNamespace(decode_captions=lambda ids, start: said)
     how = captioning.Decoding(candidates=3)

@@ -45,8 +45,13 @@ class Decoding:
     def options(self) -> dict:
         """For `generate`."""
         if self.candidates > 1:
-            return {"do_sample": True, "num_return_sequences": self.candidates, "temperature": TEMPERATURE}
+            return _drawing(self.candidates, TEMPERATURE)
         return {"num_beams": self.beams} if self.beams > 1 else {}
+
+
+def _drawing(count: int, temperature: float) -> dict:
+    """For `generate`: so many texts drawn at random."""
+    return {"do_sample": True, "num_return_sequences": count, "temperature": temperature}
 
 
 GREEDY = Decoding()
@@ -164,8 +169,7 @@ def draw_texts(
     progress: str | None = None,
 ) -> list[list[str]]:  # fmt: skip
     """`count` continuations of each text, drawn at random by torch's global generator; else as `continue_texts`."""
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "num_return_sequences": count,
-               "temperature": temperature}  # fmt: skip
+    options = {"max_new_tokens": NEW_TOKENS} | _drawing(count, temperature)
     return _continuations(
         model, processor, latents, texts, count, options, blind=False, autocast=autocast, batch_size=batch_size,
         progress=progress,

@@ -41,7 +41,12 @@ def validate(
 def seed_dropout(step: int, options: TrainingOptions) -> None:
     """What dropout draws in a step is a function of (seed, step) alone, so that a resumed run draws the same. (And of
     the process, since each has texts of its own.)"""
-    torch.manual_seed((options.seed * 1_000_003 + step * ranks.count() + ranks.rank()) % 2**63)
+    torch.manual_seed(_seed(options, step * ranks.count() + ranks.rank()))
+
+
+def _seed(options: TrainingOptions, number: int) -> int:
+    """Of the number-th thing that a run draws."""
+    return (options.seed * 1_000_003 + number) % 2**63
 
 
 def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
@@ -52,7 +57,7 @@ def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
     if options.patches == 1 or batch.features is None:
         return batch
     v = batch.features.shape[2]
-    generator = torch.Generator().manual_seed((options.seed * 1_000_003 + step) % 2**63)
+    generator = torch.Generator().manual_seed(_seed(options, step))
     places = torch.randperm(v, generator=generator)[: max(1, round(options.patches * v))]
     return replace(batch, features=batch.features[:, :, places])  # (N, F, v, d)
 
