@@ -21,7 +21,7 @@ from flamingo.limits import SEEDS, checked, in_range, must_fit, plain_text
 from flamingo.run_folder import SUMMARY, held, read_summary
 
 RANGES = {"n": (2, 10**9), "seed": (0, SEEDS), "queries": (2, 10**9), "trials": (1, 1000), "examples": (0, 10**9),
-          "beams": (1, 64), "candidates": (1, 256), "neighbours": (0, 10_000)}  # fmt: skip
+          "beams": (1, 64), "candidates": (1, 256)}  # fmt: skip
 SCENE = 40_000  # bytes of memory for each: the picture, half a novel one, their latents
 
 
@@ -61,9 +61,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--candidates", type=int, default=1,
         help="draw so many captions; the one most like the others is given (default: %(default)s: the likeliest token "
              "each time)")  # fmt: skip
-    add("--neighbours", type=int, default=0,
-        help="captioned sets: the captions of so many similar training pictures help to choose among candidates of the "
-             "model's and their own (default: %(default)s: none do)")  # fmt: skip
+    add("--consensus", action="store_true",
+        help="captioned sets: choose among the model's captions and those of training pictures, by what people would "
+             "write of such a picture and by the model's likelihood")  # fmt: skip
     add("--plain", action="store_true", help="leave out flamingo/fast: the model as flamingo/model has it, in float32")
     add("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     add("--examples", type=int, default=8, help="captions to print (default: %(default)s)")
@@ -77,8 +77,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise InputError("--image-column and --caption-columns belong to --data: name the set")
     if args.beams > 1 and args.candidates > 1:
         raise InputError("--beams and --candidates are two ways to choose a caption: give one of them")
-    if args.neighbours and args.candidates > 1:
-        raise InputError("--neighbours draws candidates of its own: leave --candidates out")
+    if args.consensus and args.candidates > 1:
+        raise InputError("--consensus draws candidates of its own: leave --candidates out")
     for shots in args.shots or ():
         in_range("--shots", shots, 0, 10**6)
     args.run = args.run.expanduser()
@@ -138,13 +138,13 @@ def evaluate(args: argparse.Namespace) -> None:
     if uses_classroom(options):
         if columns != AnswerColumns():
             raise InputError("--question-column, --answer-column and --label-column belong to --data: name the set")
-        if args.neighbours:
-            raise InputError("--neighbours belongs to a captioned set: no two classroom scenes are of one kind")
+        if args.consensus:
+            raise InputError("--consensus belongs to a captioned set: no two classroom scenes are of one kind")
         must_fit(args.n * SCENE, f"--n {args.n:,}", "ask for fewer")
         test_set = classroom_test_set(args.split, args.n, args.seed)
     else:
         test_set = captioned_test_set(options, args.split, args.n, args.seed, columns)
-    predictor = Predictor(model, processor, dtype, Decoding(args.beams, args.candidates, args.neighbours), args.seed)
+    predictor = Predictor(model, processor, dtype, Decoding(args.beams, args.candidates, args.consensus), args.seed)
     check_decoding(model, predictor.autocast)
     todo = plan(test_set, predictor, args)  # mistakes are found here, before anything is run
     weights = (args.run / WEIGHTS).stat()

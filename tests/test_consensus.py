@@ -1,4 +1,4 @@
-"""How one of several captions is chosen: by what they have in common, and by what similar pictures' captions say."""
+"""How one of several captions is chosen: by what they have in common, and by what training captions say."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import normalize, one_hot
 
 from flamingo.evaluation import captioning, consensus
-from flamingo.evaluation.consensus import Judges, choose_captions
+from flamingo.evaluation.consensus import CaptionIndex, Judges, choose_captions
 from flamingo.evaluation.metrics import cider_d
 from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import Item
@@ -25,42 +25,58 @@ DOG = normalize(torch.tensor([0.3, 0, 0, 0, 0, 1.0]), dim=-1)
 
 @pytest.fixture
 def judges() -> Judges:
-    return Judges(SUPPORT, VECTORS, 2)
+    return Judges(SUPPORT, VECTORS)
 
 
-def test_the_most_similar_pictures_judge_and_the_nearest_counts_most(judges):
-    captions, weights = judges.neighbours(DOG)
-    assert captions == list(DOGS) and weights[0] > weights[1] > 0 and weights.sum() == pytest.approx(1)
-    assert len(Judges(SUPPORT, VECTORS, 40).neighbours(DOG)[0]) == 5  # all there are
-
-
-def test_what_is_expected_is_cider_d_against_the_neighbours_captions(judges):
-    candidates = ["a dog runs on the grass", "a boat on the sea", ""]
+def one_by_one(text: str, picture: int) -> float:
+    """Its CIDEr-D there by the metric itself: the n-grams' weights are those of the whole support."""
     references = [[ptb_tokens(text) for text in texts] for texts in CAPTIONS]
-
-    def alone(text: str, neighbour: int) -> float:
-        """Its CIDEr-D there, by the metric itself: the n-grams' weights are those of the whole support."""
-        return cider_d([ptb_tokens(text)] * len(references), references)[neighbour]
-
-    _, weights = judges.neighbours(DOG)
-    right = [weights[0] * alone(text, 0) + weights[1] * alone(text, 1) for text in candidates]
-    np.testing.assert_allclose(judges.expected(DOG, candidates), right, atol=1e-6)
-    assert right[0] > 1 > right[1] > right[2] == 0
+    return cider_d([ptb_tokens(text)] * len(references), references)[picture]
 
 
-def test_no_caption_is_its_own_judge(judges):
-    own = Judges(SUPPORT, VECTORS, 1)
-    assert own.expected(normalize(VECTORS[3], dim=-1), ["a boat on the sea"]).tolist() == [0]
+def test_the_index_gives_the_metric_of_every_picture_at_once():
+    index = CaptionIndex(CAPTIONS)
+    for text in ("a dog runs on the grass", "a dog a dog a dog", "a boat", "unheard of", ""):
+        right = [one_by_one(text, picture) for picture in range(len(CAPTIONS))]
+        np.testing.assert_allclose(index.cider_d(text), right, atol=1e-6)
+
+
+def test_no_caption_is_its_own_judge():
+    index = CaptionIndex(CAPTIONS)
+    assert index.cider_d("a boat on the sea")[3] == 0
+    shared = CaptionIndex([*CAPTIONS[:3], ["a boat on the sea", "a boat at sea"], CAPTIONS[4]])
+    assert shared.cider_d("a boat on the sea")[3] == pytest.approx(  # the other one's alone
+        shared.cider.alike(*(shared.cider.weigh(ptb_tokens(text)) for text in shared.texts[3]))
+    )
+
+
+def test_weights_are_those_of_a_ridge_regression(judges):
+    """Whatever is asked of the pictures: here one number of each, found by the textbook's normal equations."""
+    asked = torch.tensor([3.0, -1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
+
+    def seen(vectors):
+        return normalize((vectors - VECTORS.mean(dim=0)) / (VECTORS.std(dim=0, correction=0) + 1e-6), dim=-1).double()
+
+    x, new = seen(VECTORS), seen(DOG)
+    slopes = torch.linalg.solve(x.T @ x + consensus.RIDGE * torch.eye(6), x.T @ (asked - asked.mean()))
+    weights = judges.weights(DOG)
+    assert weights @ asked.numpy() == pytest.approx((asked.mean() + new @ slopes).item(), abs=1e-5)
+    assert weights.sum() == pytest.approx(1) and weights.argmax() == 0
+
+
+def test_the_best_captions_are_those_of_which_most_is_expected(judges):
     best = judges.best(DOG, 4)
-    assert sorted(best) == sorted([*DOGS[0], *DOGS[1]])
-    assert best[0] in ("a brown dog runs on grass", "a dog runs over the grass") and judges.best(DOG, 1) == best[:1]
+    expected = judges.expected(judges.weights(DOG), best)
+    assert sorted(best) == sorted([*DOGS[0], *DOGS[1]]) and sorted(expected, reverse=True) == expected.tolist()
+    assert judges.best(DOG, 1) == best[:1] and len(judges.best(DOG, 100)) == 7  # all there are
+    assert Judges(SUPPORT[:1], VECTORS[:1]).best(DOG, 2) == DOGS[0]  # a set of one picture
 
 
 @pytest.mark.parametrize("unlikely, chosen", [
-    (None, "a dog runs on the grass"),  # the neighbours' words about what the model says too
+    (None, "a dog runs on the grass"),  # the training captions' words about what the model says too
     ("a dog runs on the grass", "a brown dog runs on grass"),  # and where the model is sure that it is not so
 ])  # fmt: skip
-def test_neighbours_and_likelihood_choose_together(judges, unlikely, chosen):
+def test_expectation_and_likelihood_choose_together(judges, unlikely, chosen):
     nats = {"a dog runs on the grass": -6.0, "a brown dog runs on grass": -9.0}
 
     class Stub:

@@ -341,27 +341,27 @@ def run_command(*words) -> None:
     evaluate.main(evaluate.parse([*map(str, words), "--device", "cpu"]))
 
 
-def test_captions_of_similar_pictures_help_to_choose(run_folder, tmp_path, capsys):
+def test_training_captions_help_to_choose(run_folder, tmp_path, capsys):
     data = captioned_folder(tmp_path / "set", {"train": 8, "test": 3})
     texts = ["two red boats", "red boats at sea"], ["a green tree", "green trees in a tree"]
     rows = [{"file_name": f"train{i}.png", "captions": texts[i % 2]} for i in range(8)]
     (data / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run_command(run_folder, "--data", data, "--shots")
     plain = json.loads((run_folder / "evaluation.json").read_text())
-    run_command(run_folder, "--data", data, "--shots", "--neighbours", 4)
+    run_command(run_folder, "--data", data, "--shots", "--consensus")
     result = json.loads((run_folder / "evaluation.json").read_text())
     assert result["controls"].keys() - plain["controls"].keys() == {"consensus"}
-    for name in ("blind", "constant", "nearest"):  # a picture that is taken away has no neighbours
+    for name in ("blind", "constant", "nearest"):  # of a picture that is taken away nothing can be expected
         assert result["controls"][name] == plain["controls"][name]
     said, before = ([entry["said"] for entry in found["examples"]] for found in (result, plain))
     assert said != before and any(
         "boat" in text or "tree" in text for text in said
     )  # an untrained model's own captions are nonsense
-    assert "the best of its neighbours' captions" in result["verdict"] and "consensus" in capsys.readouterr().out
+    assert "the best training caption" in result["verdict"] and "consensus" in capsys.readouterr().out
     with pytest.raises(InputError, match="no two classroom scenes are of one kind"):
-        run_command(run_folder, "--neighbours", 2)
+        run_command(run_folder, "--consensus")
     with pytest.raises(InputError, match="draws candidates of its own"):
-        run_command(run_folder, "--data", data, "--neighbours", 2, "--candidates", 4)
+        run_command(run_folder, "--data", data, "--consensus", "--candidates", 4)
 
 
 def test_a_captioned_set_is_examined(run_folder, tmp_path, capsys):

@@ -35,12 +35,12 @@ class Decoding:
     beams: that many beginnings are followed at once, and the likeliest whole caption wins. candidates: so many captions
     are drawn at random, and the one that has most in common with the others is given: what is said in one of them only
     is more often wrong than what most of them say (minimum Bayes risk, Kumar and Byrne 2004). 1 and 1: the likeliest
-    token each time. neighbours: captions of so many similar pictures help to choose (consensus.py); 0: none do.
+    token each time. consensus: captions of the training pictures help to choose (consensus.py).
     """
 
     beams: int = 1
     candidates: int = 1
-    neighbours: int = 0
+    consensus: bool = False
 
     def options(self) -> dict:
         """For `generate`."""

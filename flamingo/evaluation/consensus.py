@@ -1,80 +1,120 @@
-"""A caption chosen with the help of similar pictures' captions.
+"""A caption chosen with the help of captions that people wrote of other pictures.
 
-What this file teaches: the likeliest caption is not the one that people would agree on most. Where there are captioned
-pictures that look like this one, their captions say what people tend to write about such a picture, and the model says
-what fits *this* one. Each candidate gets the score
+What this file teaches: the likeliest caption is not the one that people would agree on most. What they tend to write
+can be learned from the training pictures without any language model: a ridge regression, from the mean of a picture's
+features to the CIDEr-D that a caption would earn beside it. The model adds what it sees in *this* picture. Each
+candidate gets the score
 
-    Σ_j w_j · CIDEr-D(candidate, captions of neighbour j)  +  LIKELIHOOD · log p(candidate | picture) / words
+    expected CIDEr-D  +  LIKELIHOOD · log p(candidate | picture) / words
 
 and the highest wins (consensus reranking: Devlin et al. 2015, "Exploring nearest neighbor approaches for image
-captioning"; with a language model's likelihood beside it: Devlin et al. 2015, "Language models for image captioning").
-Candidates are the model's own, the likeliest one and some drawn at random, and those of the neighbours' captions that
-the first term likes best; the best of these alone is what the control `consensus` gives, without any model.
+captioning", where neighbours have a vote each; with a language model's likelihood beside it: Devlin et al. 2015,
+"Language models for image captioning"). Candidates are the model's own, the likeliest one and some drawn at random, and
+those captions of training pictures of which the regression expects most; the best of these alone is what the control
+`consensus` gives, without any model.
 
-The two constants and the weights were chosen on pictures held out of a training set (assets/photos/EXPERIMENTS.md).
+The constants were chosen on pictures held out of a training set (assets/photos/EXPERIMENTS.md).
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from flamingo.data.processor import Chunk
-from flamingo.evaluation.metrics import Cider, Weighed
+from flamingo.evaluation.metrics import ORDERS, Cider
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.ptb import ptb_tokens
 from flamingo.evaluation.test_set import Item
 
-DRAWN, TEMPERATURE = 8, 0.7  # captions of the model's own beside the likeliest one
-NEAREST = 10  # neighbours whose captions may be given; more of them judge
-LIKELIHOOD = 0.15  # CIDEr-D that a nat a word is worth
-SHARPNESS = 10.0  # a neighbour weighs exp(SHARPNESS · cosine)
+DRAWN, TEMPERATURE = 16, 0.7  # captions of the model's own beside the likeliest one
+GIVEN = 8  # captions of training pictures that become candidates
+NEAREST = 200  # training pictures whose captions may be given: those of the largest weights
+LIKELIHOOD = 0.1  # CIDEr-D that a nat a word is worth
+RIDGE = 3.0  # the penalty on the regression's coefficients, beside pictures that are unit vectors
 
 
 class Judges:
-    """Captioned pictures; of each new picture the `count` most similar ones judge the captions it might get.
+    """Captioned pictures, and what they let one expect of a caption beside a new picture.
 
-    vectors: (M, d), of the support pictures. A channel counts by how little it usually deviates.
+    vectors: (M, d), of the support pictures. A channel counts by how far it lies from its mean, in deviations.
     """
 
-    def __init__(self, support: Sequence[Item], vectors: Tensor, count: int):
-        self.captions = [list(item.truths) for item in support]
-        self.deviation = vectors.std(dim=0) + 1e-6
-        self.vectors, self.count = F.normalize(vectors / self.deviation, dim=-1), min(count, len(support))
-        self.cider = Cider([[ptb_tokens(text) for text in texts] for texts in self.captions])
-        self._weighed: dict[str, Weighed] = {}
+    def __init__(self, support: Sequence[Item], vectors: Tensor):
+        vectors = vectors.double().cpu()
+        self.mean, self.deviation = vectors.mean(dim=0), vectors.std(dim=0, correction=0) + 1e-6
+        self.pictures = self._standardized(vectors)  # (M, d) unit vectors
+        gram = self.pictures.T @ self.pictures  # (d, d)
+        self.inverse = torch.linalg.inv(gram + RIDGE * torch.eye(len(gram), dtype=gram.dtype))
+        self.captions = CaptionIndex([list(item.truths) for item in support])
         self._best: dict[bytes, list[str]] = {}
 
-    def _of(self, text: str) -> Weighed:
-        if text not in self._weighed:
-            self._weighed[text] = self.cider.weigh(ptb_tokens(text))
-        return self._weighed[text]
+    def _standardized(self, vectors: Tensor) -> Tensor:
+        return F.normalize((vectors - self.mean) / self.deviation, dim=-1)
 
-    def neighbours(self, vector: Tensor) -> tuple[list[list[str]], np.ndarray]:
-        """Their captions, and what each neighbour weighs; together 1. vector: (d,) of the new picture."""
-        alike, rows = (self.vectors @ F.normalize(vector / self.deviation, dim=-1)).topk(self.count)
-        return [self.captions[row] for row in rows.tolist()], (SHARPNESS * alike).softmax(dim=0).cpu().numpy()
+    def weights(self, vector: Tensor) -> np.ndarray:
+        """Of each support picture in the regression's answer, (M,), some below 0; together 1. vector: (d,).
 
-    def expected(self, vector: Tensor, candidates: Sequence[str]) -> np.ndarray:
-        """The CIDEr-D that each candidate has with the neighbours' captions, (K,); none is compared with itself."""
-        captions, weights = self.neighbours(vector)
-        table = np.zeros((len(candidates), len(captions)))
-        for k, text in enumerate(candidates):
-            for j, others in enumerate(captions):
-                alike = [self.cider.alike(self._of(text), self._of(other)) for other in others if other != text]
-                table[k, j] = sum(alike) / max(1, len(alike))
-        return table @ weights
+        Ridge regression is linear in its targets: ŷ(x) = ȳ + Σ_j a_j (y_j - ȳ) with a = V (VᵀV + λ)⁻¹ x, whatever is
+        asked of the pictures, so the weights of a new picture serve for every caption.
+        """
+        a = self.pictures @ (self.inverse @ self._standardized(vector.double().cpu()))
+        return (a + (1 - a.sum()) / len(a)).numpy()
+
+    def expected(self, weights: np.ndarray, candidates: Sequence[str]) -> np.ndarray:
+        """The CIDEr-D expected of each candidate beside the picture that has these weights, (K,)."""
+        return np.array([self.captions.cider_d(text) @ weights for text in candidates])
 
     def best(self, vector: Tensor, count: int) -> list[str]:
-        """The neighbours' captions with the highest expected CIDEr-D, the first of equals first."""
+        """The captions of which most is expected, the first of equals first; at most GIVEN of them."""
         key = vector.cpu().numpy().tobytes()
         if key not in self._best:  # asked for again with another's picture (a control)
-            texts = list(dict.fromkeys(text for captions in self.neighbours(vector)[0][:NEAREST] for text in captions))
-            order = np.argsort(-self.expected(vector, texts), kind="stable")
-            self._best[key] = [texts[k] for k in order[:DRAWN]]
+            weights = self.weights(vector)
+            near = np.argsort(-weights, kind="stable")[:NEAREST]
+            texts = list(dict.fromkeys(text for row in near for text in self.captions.texts[row]))
+            order = np.argsort(-self.expected(weights, texts), kind="stable")
+            self._best[key] = [texts[k] for k in order[:GIVEN]]
         return self._best[key][:count]
+
+
+class CaptionIndex:
+    """Captions of M pictures by their n-grams: CIDEr-D with all of them at once, for one by one would take minutes."""
+
+    def __init__(self, texts: Sequence[Sequence[str]]):
+        self.texts = texts
+        self.flat = np.array([text for own in texts for text in own], dtype=object)  # (C,)
+        self.picture = np.repeat(np.arange(len(texts)), list(map(len, texts)))  # (C,) whose caption it is
+        self.cider = Cider([[ptb_tokens(text) for text in own] for own in texts])
+        weighed = [self.cider.weigh(ptb_tokens(text)) for text in self.flat]
+        self.norms = np.array([one.norms for one in weighed])  # (C, 4)
+        self.words = np.array([one.words for one in weighed])
+        holders, values = defaultdict(list), defaultdict(list)  # n-gram → the captions that have it, its weight there
+        for number, one in enumerate(weighed):
+            for grams in one.grams:
+                for gram, weight in grams.items():
+                    holders[gram].append(number)
+                    values[gram].append(weight)
+        self.holders = {gram: (np.array(numbers), np.array(values[gram])) for gram, numbers in holders.items()}
+
+    def cider_d(self, text: str) -> np.ndarray:
+        """Of a caption beside each picture, (M,): the mean over the picture's captions, itself left out."""
+        own = self.cider.weigh(ptb_tokens(text))
+        alike = np.zeros((len(self.flat), ORDERS))
+        for order, grams in enumerate(own.grams):
+            for gram, weight in grams.items():
+                if gram in self.holders:
+                    numbers, weights = self.holders[gram]
+                    alike[numbers, order] += np.minimum(weight, weights) * weights
+        norms = np.array(own.norms) * self.norms
+        cosines = np.divide(alike, norms, out=np.zeros_like(alike), where=norms > 0).mean(axis=1)
+        scores = 10 * cosines * self.cider.forgiven(own.words, self.words)
+        others = self.flat != text
+        sums = np.bincount(self.picture, scores * others, minlength=len(self.texts))
+        return sums / np.maximum(1, np.bincount(self.picture, others, minlength=len(self.texts)))
 
 
 def choose_captions(
@@ -85,12 +125,11 @@ def choose_captions(
     likeliest = predictor.predict(texts, title)
     drawn = predictor.draw(texts, DRAWN, TEMPERATURE, f"{title}: drawing candidates")
     chosen = []
-    choosing = tqdm(range(len(rows)), desc=f"{title}: choosing", leave=False)
-    for i in choosing:
+    for i in tqdm(range(len(rows)), desc=f"{title}: choosing", leave=False):
         vector = predictor.pooled[rows[i]]
-        candidates = list(dict.fromkeys([likeliest[i], *drawn[i], *judges.best(vector, DRAWN)]))
+        candidates = list(dict.fromkeys([likeliest[i], *drawn[i], *judges.best(vector, GIVEN)]))
         likelihoods = predictor.choose([texts[i]], candidates, None)[0].numpy()  # (K,)
         words = np.array([max(1, len(ptb_tokens(text))) for text in candidates])
-        scores = judges.expected(vector, candidates) + LIKELIHOOD * likelihoods / words
+        scores = judges.expected(judges.weights(vector), candidates) + LIKELIHOOD * likelihoods / words
         chosen.append(candidates[int(scores.argmax())])
     return chosen

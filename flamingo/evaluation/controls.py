@@ -9,7 +9,7 @@ which are given no picture or the wrong one:
     copy_demo   the caption of another picture, drawn from the support: what a model that copies its example gives
 
 On a captioned set two more, which the encoder gives without any language model: nearest and typical (neighbours.py);
-where captions of similar pictures help to choose, also the best of these, consensus (consensus.py).
+where captions of training pictures help to choose, also the best of these, consensus (consensus.py).
 
 Only what lies above all of them was read off the picture. Whether a difference is more than chance is tested picture by
 picture: score minus control, resampled (a paired bootstrap).
@@ -31,7 +31,7 @@ CONTROLS = ("blind", "shuffled", "constant", "copy_demo")
 SHOWN_INSTEAD = {
     "blind": "no picture", "shuffled": "another's picture", "constant": "one caption for all",
     "copy_demo": "a copied example", "nearest": "the nearest picture's caption",
-    "typical": "the most typical of its neighbours' captions", "consensus": "the best of its neighbours' captions",
+    "typical": "the most typical of its neighbours' captions", "consensus": "the best training caption",
 }  # fmt: skip
 COMPARED = 128  # captions among which the constant one is looked for: each is compared with all
 
@@ -52,11 +52,11 @@ def answer_all(
     others = rows[1:] + rows[:1]
 
     judges = None
-    if predictor.decoding.neighbours:
-        judges = Judges(test_set.support, predictor.pooled[support_rows], predictor.decoding.neighbours)
+    if predictor.decoding.consensus:
+        judges = Judges(test_set.support, predictor.pooled[support_rows])
 
     def predict(pictures: Sequence[int], asked: Sequence[Item], title: str, **control) -> list[str]:
-        if judges and not control:  # a picture that is taken away has no neighbours
+        if judges and not control:  # of a picture that is taken away nothing can be expected
             return parts.keep(title, lambda: choose_captions(predictor, judges, pictures, asked, title))
         return parts.keep(title, lambda: predictor.caption(pictures, asked, title, **control))
 

@@ -175,9 +175,13 @@ class Cider:
                 cosines += (
                     sum(min(own[gram], others[gram]) * others[gram] for gram in own.keys() & others.keys()) / norm
                 )
+        return 10 * cosines / ORDERS * float(self.forgiven(predictions.words, right.words))
+
+    def forgiven(self, words: int, others: int | np.ndarray) -> np.ndarray:
+        """What is left of a score when lengths differ, from 0 to 1; others: one length or many."""
         # pycocoevalcap measures lengths in pairs of words: the same difference, except for an empty caption
-        gap = max(0, predictions.words - 1) - max(0, right.words - 1)
-        return 10 * cosines / ORDERS * math.exp(-(gap**2) / (2 * self.sigma**2))
+        gap = np.maximum(0, words - 1) - np.maximum(0, others - 1)
+        return np.exp(-(gap**2) / (2 * self.sigma**2))
 
 
 def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> np.ndarray:

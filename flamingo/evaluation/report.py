@@ -139,8 +139,8 @@ def _scores(result: dict) -> str:
         '<p class="quiet">Controls. Blind: the picture taken away. Shuffled: another’s picture. Constant: one '
         "caption for all. Copy demo: the caption of a picture drawn from the examples. Nearest: the caption of the "
         "training picture that looks most alike; typical: of the captions of the five nearest the one most like the "
-        "others; consensus, where it is given: the one that those of all judging neighbours agree with most. What lies "
-        "above all of them was read off the picture.</p>"
+        "others; consensus, where it is given: the training caption of which a regression from pictures to captions "
+        "expects most. What lies above all of them was read off the picture.</p>"
     )
 
 

@@ -12,7 +12,7 @@ from flamingo.figures.run_figures import COLORS, plt
 NAMES = {
     "own": "its own\npicture", "blind": "no\npicture", "shuffled": "another's\npicture",
     "constant": "one caption\nfor all", "copy_demo": "a copied\nexample", "novel": "novel\nobjects",
-    "nearest": "nearest\npicture", "typical": "typical of\nneighbours", "consensus": "best of\nneighbours",
+    "nearest": "nearest\npicture", "typical": "typical of\nneighbours", "consensus": "best training\ncaption",
 }  # fmt: skip
 WORDS_ONLY, NOVEL, LIMIT = "#d1495b", "#7a5ea8", "#8a8f98"
 
