@@ -12,8 +12,7 @@ from flamingo.demo.model import DemoModel
 from flamingo.demo.parts import code, picture_html, sentences
 from flamingo.errors import InputError
 from flamingo.files import asset, read_json
-from flamingo.run_folder import METRICS
-from flamingo.training.log import read_metrics
+from flamingo.run_folder import METRICS, read_metrics
 
 CODE = """
 import json
