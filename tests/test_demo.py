@@ -11,7 +11,7 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="the page needs requirements-demo.txt")
 
 from flamingo.classroom import scenes  # noqa: E402
-from flamingo.data.processor import MEDIA_TOKEN  # noqa: E402
+from flamingo.data.chunks import MEDIA_TOKEN  # noqa: E402
 from flamingo.demo import __main__ as command  # noqa: E402
 from flamingo.demo import caption, gates, looks, parts, sees, shots, story  # noqa: E402
 from flamingo.demo.model import DemoModel  # noqa: E402

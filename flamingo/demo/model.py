@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import FlamingoProcessor, pad_image_index
 from flamingo.evaluation import attention
 from flamingo.evaluation.captioning import NEW_TOKENS, continue_texts, encode_pictures
 from flamingo.evaluation.gates import gates_at

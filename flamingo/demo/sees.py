@@ -5,7 +5,7 @@ import random
 
 import gradio as gr
 
-from flamingo.data.processor import EOC_TOKEN, MEDIA_TOKEN
+from flamingo.data.chunks import EOC_TOKEN, MEDIA_TOKEN
 from flamingo.demo.model import DemoModel, Seen
 from flamingo.demo.parts import Shown, code, data_uri, opened, picture_file, picture_html, sentences, surprise
 from flamingo.errors import InputError

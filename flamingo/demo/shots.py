@@ -10,7 +10,7 @@ import gradio as gr
 from flamingo.classroom import scenes
 from flamingo.classroom.examples import rule_chunk
 from flamingo.classroom.invented import invented_names
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.demo.model import DemoModel
 from flamingo.demo.parts import Shown, code, opened, picture_file, picture_html, sentences, surprise
 from flamingo.errors import InputError
@@ -19,7 +19,7 @@ from flamingo.evaluation.few_shot import Query, prompt_text
 CODE = """
 from flamingo import load_model
 from flamingo.classroom.scenes import make_scene
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.evaluation.captioning import continue_texts, encode_pictures
 from flamingo.evaluation.few_shot import Query, prompt_text
 
