@@ -155,6 +155,25 @@ def test_however_the_page_ends_its_model_ends_too(sent, send, ready, tmp_path):
             os.killpg(page.pid, signal.SIGKILL)
 
 
+ENDS = """
+import os
+from flamingo.classroom.scenes import make_scene
+from flamingo.demo.remote import RemoteModel
+from flamingo.files import asset
+if __name__ == "__main__":  # the model's process begins by reading this
+    print(RemoteModel(asset("classroom/flamingo"), "cpu").caption(make_scene(0, "test", 0).draw(), ""), flush=True)
+    os._exit(0)  # as Ctrl-C does
+"""
+
+
+def test_a_model_that_has_spoken_ends_without_another_word(tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, tmp_path / "ends.py"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and len(result.stdout) > 5
+    assert result.stderr == "" or "trained tensors" in result.stderr.splitlines()[-1], result.stderr
+
+
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):
     pytest.importorskip("gradio", reason="the page needs requirements-demo.txt")
     command = [sys.executable, "-m", "flamingo.demo", str(tmp_path)]

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from traceback import format_exception
 
+from tqdm import tqdm
+
 from flamingo.demo.answers import About
 from flamingo.errors import InputError, sentence_of
 
@@ -116,6 +118,7 @@ def answer_questions(pipe: Connection, run: Path, device: str) -> None:
 def load(run: Path, device: str):
     """The DemoModel of a run."""
     gc.disable()  # an import makes many objects and little garbage: looking for some took a tenth of the time
+    tqdm.set_lock(threading.RLock())  # its usual one is the machine's, and a process that ends at once leaves it behind
     from flamingo.demo.model import DemoModel  # here: the page's process reads this file too, and must not import it
 
     model = DemoModel(run, device)
