@@ -247,13 +247,14 @@ def test_the_code_of_a_tab_runs(tab, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_the_page_has_its_tabs_and_a_model_without_gates_a_sentence(demo, monkeypatch):
+def test_the_page_has_its_tabs_and_a_model_without_their_parts_a_sentence(demo, monkeypatch):
     made = page(demo).get_config_file()
     tabs = [each["props"]["label"] for each in made["components"] if each["type"] == "tabitem"]
     assert tabs == ["Caption", "Where it looks", "Gates", "Who sees what", "Few-shot", "A run's story"]
-    monkeypatch.setattr(demo, "about", replace(demo.about, trained=[]))
-    made = page(demo).get_config_file()
-    assert any("has no gates" in str(each["props"].get("value")) for each in made["components"])
+    without = replace(demo.about, trained=[], can_show_attention=False, has_media_mask=False)
+    monkeypatch.setattr(demo, "about", without)
+    told = " ".join(str(each["props"].get("value")) for each in page(demo).get_config_file()["components"])
+    assert "has no gates" in told and "no attention of that kind" in told and "own causal mask" in told
 
 
 def test_a_port_in_use_is_passed_over():
