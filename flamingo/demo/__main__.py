@@ -53,10 +53,12 @@ def main(argv: list[str]) -> None:
     run = args.run.expanduser() if args.run else asset("classroom/flamingo")
     demo = RemoteModel(run, args.device)  # it loads while this process imports Gradio
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
+    os.environ.setdefault("MPLBACKEND", "Agg")  # nothing here opens a window
     try:
         import gradio as gr
     except ImportError:
         raise InputError("the page needs Gradio: pip install -r requirements-demo.txt -c constraints.txt") from None
+    import matplotlib.pyplot  # noqa: F401  Gradio would import it at the first click: now, while the model is loaded
     from starlette.middleware import Middleware
 
     from flamingo.demo.headers import Headers
