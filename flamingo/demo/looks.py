@@ -33,9 +33,7 @@ def build(demo: RemoteModel, shown: gr.State, said: gr.State, tab: gr.Tab) -> No
             surprising = gr.Button("Surprise me", variant="primary")
         with gr.Column(scale=2, min_width=300):
             words = gr.Radio([], label="Click a word of the caption", elem_id="words")
-            layers = [("all, by gate", ALL)] + [
-                (f"before layer {layer}", i) for i, layer in enumerate(demo.about.layers)
-            ]
+            layers = [("all, by gate", ALL)] + [(f"before layer {n}", i) for i, n in enumerate(demo.about.layers)]
             with gr.Row():
                 layer = gr.Dropdown(layers, value=ALL, label="Cross-attention", min_width=160)
                 heads = [("mean of all", ALL)] + [(f"head {i + 1}", i) for i in range(demo.about.heads)]

@@ -44,6 +44,7 @@ class RemoteModel:
     def __init__(self, run: Path, device: str = "auto"):
         new = multiprocessing.get_context("spawn")  # a forked process would begin with all that this one holds
         self._pipe, there = new.Pipe()
+        # daemon: if this process ends with an error, it ends the other rather than wait for it.
         new.Process(target=answer_questions, args=(there, run, device), daemon=True).start()
         there.close()  # the other process alone holds that end now, so it is closed when that process ends
         self._numbers = itertools.count()
@@ -122,6 +123,7 @@ def load(run: Path, device: str):
     from flamingo.demo.model import DemoModel  # here: the page's process reads this file too, and must not import it
 
     model = DemoModel(run, device)
+    gc.freeze()  # nor is there any among them later
     gc.enable()
     return model
 
