@@ -25,9 +25,8 @@ from flamingo.evaluation.single_objects import add_single_objects, binding_episo
 from flamingo.evaluation.test_set import classroom_items
 from flamingo.fast.inference import prepare_to_generate
 from flamingo.figures.run_figures import plt
-from flamingo.run_folder import METRICS, SUMMARY, read_summary
+from flamingo.run_folder import METRICS, SUMMARY, read_metrics, read_summary
 from flamingo.training.checkpoint import load_model
-from flamingo.training.log import read_metrics
 
 
 def run_seed(seed: int, folder: Path, options: list[str]) -> None:

@@ -7,13 +7,14 @@ Such a lock ends with its process, however that ends: nothing has to be cleaned 
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError, way_on
-from flamingo.files import UNFINISHED, read_json, remove_unfinished, writing
+from flamingo.files import UNFINISHED, must_be_regular, read_json, remove_unfinished, writing
 from flamingo.limits import checked_fields, quoted
 from flamingo.presets import training_options
 
@@ -166,3 +167,30 @@ def read_summary(folder: Path) -> tuple[dict, TrainingOptions]:
         return summary, training_options(summary["options"])
     except InputError as error:
         raise InputError(f"{file} is damaged: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------ what it has reported so far
+# Fields of a line of metrics.jsonl.
+STEP = {"step": int, "loss": float, "lr": float, "captions": int, "seconds": float}
+LEFT_OUT = {"step": int, "left_out": str, "seconds": float}
+VALIDATION = {"step": int, "val_loss": float, "val_loss_blind": float, "attn": "list[float]", "ff": "list[float]"}
+SCORES = {"exact_match": float, "cider_d": float}  # one of them, if any picture has a caption to compare with
+
+
+def read_metrics(file: Path, steps_done: int) -> list[dict]:
+    """The entries of metrics.jsonl up to a step, without a last line that a kill cut short. Raises InputError."""
+    must_be_regular(file)
+    lines, entries = file.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of {file}"
+        try:
+            entry = json.loads(line)
+            found = entry if isinstance(entry, dict) else {}
+            kinds = VALIDATION if "val_loss" in found else LEFT_OUT if "left_out" in found else STEP
+            entries.append(checked_fields(entry, kinds | SCORES, where, required=tuple(kinds)))
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            why = str(error) if isinstance(error, InputError) else f"{where} is damaged"
+            raise InputError(f"{why}: take the file away and the run goes on without its losses so far") from None
+    return [entry for entry in entries if entry["step"] <= steps_done]

@@ -100,7 +100,7 @@ def test_killed_and_resumed_it_ends_the_same_and_evaluates(tmp_path):
 
 
 def test_more_shots_than_positions_are_refused_with_the_picture_counted():
-    from flamingo.data.processor import Chunk
+    from flamingo.data.chunks import Chunk
     from flamingo.evaluation.predictor import Predictor
     from flamingo.interop.backbones import build_flamingo
 

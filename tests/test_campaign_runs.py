@@ -31,11 +31,20 @@ from flamingo.files import UNFINISHED, asset, write_atomically, write_json
 from flamingo.interop.backbones import _backbone_samples, build_flamingo, load_language_model, load_vision_encoder
 from flamingo.limits import checked, machine_memory
 from flamingo.presets import PRESETS, model_config, training_options
-from flamingo.run_folder import LOCK, METRICS, RESUME_POINT, SUMMARY, held, in_run_folder, new, read_summary
+from flamingo.run_folder import (
+    LOCK,
+    METRICS,
+    RESUME_POINT,
+    SUMMARY,
+    held,
+    in_run_folder,
+    new,
+    read_metrics,
+    read_summary,
+)
 from flamingo.training import loop
 from flamingo.training.checkpoint import load_model, read_config
 from flamingo.training.command_line import parse_training_options
-from flamingo.training.log import read_metrics
 from flamingo.training.optimizer import make_optimizer
 from flamingo.training.resume import ResumePoints, read_facts
 

@@ -15,8 +15,8 @@ from flamingo.classroom.invented import invented_names, is_held_out
 from flamingo.config import TrainingOptions
 from flamingo.data.batches import StepSampler, caption_labels
 from flamingo.data.captions import load_captions
+from flamingo.data.chunks import Chunk
 from flamingo.data.pictures import to_rgb
-from flamingo.data.processor import Chunk
 from flamingo.data.texts import parse_interleaved
 from flamingo.errors import InputError
 from flamingo.training.sources import training_sets

@@ -3,6 +3,7 @@
 import random
 import re
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="the page needs requirements-demo.txt")
 
 from flamingo.classroom import scenes  # noqa: E402
-from flamingo.data.processor import MEDIA_TOKEN  # noqa: E402
+from flamingo.data.chunks import MEDIA_TOKEN  # noqa: E402
 from flamingo.demo import __main__ as command  # noqa: E402
 from flamingo.demo import caption, gates, looks, parts, sees, shots, story  # noqa: E402
 from flamingo.demo.model import DemoModel  # noqa: E402
@@ -54,7 +55,7 @@ def test_the_likeliest_tokens_of_a_step_contain_the_greedy_one(demo):
 
 def test_ten_questions_at_once_get_their_own_answers(demo):
     asked = [parts.surprise(layout="one", rng=random.Random(i)) for i in range(10)]
-    closed = [(0.0, 0.0)] * len(demo.trained)
+    closed = [(0.0, 0.0)] * len(demo.about.trained)
     alone = [demo.caption(one.picture, CUE, closed if i % 2 else None) for i, one in enumerate(asked)]
     together = [""] * len(asked)
 
@@ -129,7 +130,7 @@ def test_each_word_has_a_heat_map_and_layers_and_heads_differ(demo):
 
 
 def test_with_all_gates_closed_it_is_the_language_model_bit_for_bit_and_blind(demo):
-    said, closed = ROW.scene.caption("sentence"), [(0.0, 0.0)] * len(demo.trained)
+    said, closed = ROW.scene.caption("sentence"), [(0.0, 0.0)] * len(demo.about.trained)
     assert demo.distance_to_language_model(ROW.picture, CUE, said, closed) == 0.0
     assert demo.distance_to_language_model(ROW.picture, CUE, said) > 1
     seeing, blind = demo.losses(ROW.picture, CUE, said, closed)
@@ -144,10 +145,10 @@ def test_with_all_gates_closed_it_is_the_language_model_bit_for_bit_and_blind(de
 def test_gates_are_as_trained_again_whatever_happened_meanwhile(demo):
     before = demo.model.gates()
     for opened in (1.0, -1.0, 0.5):
-        demo.losses(ROW.picture, CUE, "a cat", [(opened, opened)] * len(demo.trained))
+        demo.losses(ROW.picture, CUE, "a cat", [(opened, opened)] * len(demo.about.trained))
     with pytest.raises(ValueError):
-        demo.caption(ROW.picture, "cat " * 600, [(0.0, 0.0)] * len(demo.trained))
-    assert demo.model.gates() == before == demo.trained
+        demo.caption(ROW.picture, "cat " * 600, [(0.0, 0.0)] * len(demo.about.trained))
+    assert demo.model.gates() == before == demo.about.trained
     assert demo.caption(ROW.picture, CUE) == ROW.scene.caption("sentence")
 
 
@@ -156,19 +157,19 @@ def test_the_mask_is_drawn_and_the_text_continued(demo):
     shown, text = sees.began(random.Random(2))
     seen, continued = demo.who_sees_what(text, [each.picture for each in shown])
     first = seen.tokens.index(MEDIA_TOKEN)
-    assert not seen.mask[:first].any() and seen.mask[first].tolist() == [True, False]
-    assert seen.mask[-1].tolist() == [False, True]
+    assert not any(map(any, seen.mask[:first])) and seen.mask[first] == [True, False]
+    assert seen.mask[-1] == [False, True]
     assert continued == shown[1].scene.caption("list")
     _, swapped = demo.who_sees_what(text, [each.picture for each in shown[::-1]])
     assert swapped == shown[0].scene.caption("list")
     table = sees.mask_html(seen, shown)
-    assert table.count("<tr>") == len(seen.tokens) + 1 and table.count("sees</td>") == int(seen.mask.sum())
+    assert table.count("<tr>") == len(seen.tokens) + 1 and table.count("sees</td>") == sum(map(sum, seen.mask))
     left, rest = sees.without_last(shown, text)
     assert len(left) == 1 == rest.count(MEDIA_TOKEN)
     seen, _ = demo.who_sees_what(rest, [each.picture for each in left])
-    assert seen.mask.shape[1] == 1 and bool(seen.mask[-1])
+    assert seen.mask[0] == [False] and seen.mask[-1] == [True]
     seen, _ = demo.who_sees_what("once upon a time", [])
-    assert seen.mask.shape == (len(seen.tokens), 0)
+    assert seen.mask == [[]] * len(seen.tokens)
 
 
 @pytest.mark.parametrize("text, pictures, reason", [
@@ -246,13 +247,14 @@ def test_the_code_of_a_tab_runs(tab, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_the_page_has_its_tabs_and_a_model_without_gates_a_sentence(demo, monkeypatch):
+def test_the_page_has_its_tabs_and_a_model_without_their_parts_a_sentence(demo, monkeypatch):
     made = page(demo).get_config_file()
     tabs = [each["props"]["label"] for each in made["components"] if each["type"] == "tabitem"]
     assert tabs == ["Caption", "Where it looks", "Gates", "Who sees what", "Few-shot", "A run's story"]
-    monkeypatch.setattr(demo, "trained", [])
-    made = page(demo).get_config_file()
-    assert any("has no gates" in str(each["props"].get("value")) for each in made["components"])
+    without = replace(demo.about, trained=[], can_show_attention=False, has_media_mask=False)
+    monkeypatch.setattr(demo, "about", without)
+    told = " ".join(str(each["props"].get("value")) for each in page(demo).get_config_file()["components"])
+    assert "has no gates" in told and "no attention of that kind" in told and "own causal mask" in told
 
 
 def test_a_port_in_use_is_passed_over():

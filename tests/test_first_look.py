@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from flamingo.classroom.examples import ClassroomScenes
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.evaluation import first_look as module
 from flamingo.evaluation.first_look import first_look, validation_items
 from flamingo.files import asset

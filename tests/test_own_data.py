@@ -10,7 +10,8 @@ from PIL import Image
 from flamingo.config import TrainingOptions
 from flamingo.data.batches import Collate, StepSampler
 from flamingo.data.captions import load_captions, load_set
-from flamingo.data.processor import Chunk, FlamingoProcessor
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.evaluation.test_set import captioned_test_set
 from flamingo.files import asset

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import train
 from flamingo.config import TrainingOptions
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.interop import compat, packaged
 from flamingo.interop.adapters import name_without_adapter
 from flamingo.interop.backbones import build_flamingo, load_language_model

@@ -21,7 +21,7 @@ from flamingo.data.answer_columns import (
     questions_of_row,
 )
 from flamingo.data.captions import load_captions
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.errors import InputError
 from flamingo.evaluation.answer_tasks import classes_of_set, questions_of_set
 from flamingo.evaluation.few_shot import FewShot, choose_examples, curve

@@ -15,9 +15,10 @@ from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.data import shards, streams
 from flamingo.data.batches import Collate, Example
+from flamingo.data.chunks import Chunk
 from flamingo.data.interleaved import read_document
 from flamingo.data.places import Unusable
-from flamingo.data.processor import Chunk, FlamingoProcessor
+from flamingo.data.processor import FlamingoProcessor
 from flamingo.data.shards_of import parts_of
 from flamingo.errors import InputError
 from flamingo.files import asset

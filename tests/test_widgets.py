@@ -55,7 +55,7 @@ def test_the_gate_sliders_move_caption_and_losses(demo, shown, made):
     assert SCENE.caption("sentence") not in said.value
     seeing, blind = said.value.rpartition("picture ")[2].split(", without ")
     assert seeing == blind
-    assert demo.model.gates() == demo.trained
+    assert demo.model.gates() == demo.about.trained
 
 
 def test_the_attention_view_follows_word_layer_and_head(demo, shown, made):

@@ -8,7 +8,7 @@ from flamingo.classroom import scenes
 from flamingo.classroom.invented import invented_names
 from flamingo.data.answer_columns import question_prompt
 from flamingo.data.batches import Example
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 
 CURRICULUM_STYLES = ("list", "telegram")  # of the curriculum
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flamingo import ranks
-from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import FlamingoProcessor, pad_image_index
 from flamingo.fast.packing import TextLayout
 
 

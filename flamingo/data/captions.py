@@ -26,11 +26,11 @@ from tqdm import tqdm
 from flamingo.config import TrainingOptions
 from flamingo.data.answer_columns import AnswerColumns, with_captions_from_labels
 from flamingo.data.batches import Example
+from flamingo.data.chunks import Chunk
 from flamingo.data.columns import CAPTION_COLUMN, find_columns, with_pictures_undecoded
 from flamingo.data.folders import Split, read_splits
 from flamingo.data.pictures import open_picture, picture_bytes
 from flamingo.data.places import Place, Unusable, shown
-from flamingo.data.processor import Chunk
 from flamingo.data.texts import parse_text, texts_of_row
 from flamingo.errors import InputError
 

@@ -16,8 +16,8 @@ import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flamingo.data.chunks import Chunk
 from flamingo.data.places import Unusable
-from flamingo.data.processor import Chunk
 
 LEAST_SIMILARITY = 0.24  # of picture and sentence by CLIP ViT-L-14; below it OpenFlamingo leaves a picture out
 

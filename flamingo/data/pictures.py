@@ -117,3 +117,10 @@ def _reduced(picture: Image.Image) -> Image.Image:
     if picture.mode in REDUCIBLE:
         return picture.reduce(factor)
     return picture.resize((picture.width // factor, picture.height // factor), Image.Resampling.NEAREST)
+
+
+def enlarged(picture: Image.Image, longest: int) -> Image.Image:
+    """A drawn scene is 96 pixels wide: shown larger, or a photograph smaller."""
+    scale = longest / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(size, Image.LANCZOS)

@@ -10,17 +10,16 @@ evaluation, which also have to know which tokens are the prompt.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from flamingo.data.chunks import EOC_TOKEN, MEDIA_TOKEN, Chunk
 from flamingo.data.preprocess import Picture, Preprocess, as_pil, is_picture
 from flamingo.errors import InputError
 
-MEDIA_TOKEN, EOC_TOKEN = "<image>", "<|endofchunk|>"
 # A conversation as the text the model is trained on: what the user says is the prompt, what the assistant says the
 # caption. (Jinja, as transformers has it.)
 CHAT_TEMPLATE = (
@@ -37,17 +36,6 @@ OF_A_TEXT = {
     "padding", "padding_side", "truncation", "max_length", "length", "add_special_tokens", "return_attention_mask",
     "device",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a text: a picture (its number among the example's pictures, or None), the prompt that the model is
-    given, and the caption that it should predict. closed: <|endofchunk|> ends it, as it always does after a picture."""
-
-    picture: int | None
-    prompt: str = ""
-    caption: str = ""
-    closed: bool = False
 
 
 def add_flamingo_tokens(tokenizer) -> None:

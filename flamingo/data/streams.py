@@ -25,8 +25,8 @@ from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.data.batches import Batch, Collate, Example
 from flamingo.data.captions import load_captions
+from flamingo.data.chunks import Chunk
 from flamingo.data.places import Unusable, shown
-from flamingo.data.processor import Chunk
 from flamingo.data.shards_of import SetShards, TableShards, TarShards, is_tar, parts_of, some
 from flamingo.errors import InputError
 

@@ -6,8 +6,8 @@ needs no tags; a text about several pictures has an <image> for each, and may cl
 
 from collections.abc import Sequence
 
+from flamingo.data.chunks import EOC_TOKEN, MEDIA_TOKEN, Chunk
 from flamingo.data.places import Unusable
-from flamingo.data.processor import EOC_TOKEN, MEDIA_TOKEN, Chunk
 
 
 def parse_interleaved(text: str) -> list[Chunk]:

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from flamingo.demo.remote import RemoteModel
 from flamingo.errors import InputError, OneSentenceParser, run_command
 from flamingo.files import asset
 from flamingo.limits import in_range
@@ -49,24 +50,27 @@ def free_port(first: int) -> int:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    run = args.run.expanduser() if args.run else asset("classroom/flamingo")
+    demo = RemoteModel(run, args.device)  # it loads while this process imports Gradio
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
+    os.environ.setdefault("MPLBACKEND", "Agg")  # nothing here opens a window
     try:
         import gradio as gr
     except ImportError:
         raise InputError("the page needs Gradio: pip install -r requirements-demo.txt -c constraints.txt") from None
+    import matplotlib.pyplot  # noqa: F401  Gradio would import it at the first click: now, while the model is loaded
     from starlette.middleware import Middleware
 
     from flamingo.demo.headers import Headers
-    from flamingo.demo.model import DemoModel
     from flamingo.demo.page import page
     from flamingo.demo.parts import CSS
 
-    demo = DemoModel(args.run.expanduser() if args.run else asset("classroom/flamingo"), args.device)
+    blocks = page(demo)  # which waits for the model
     port = free_port(args.port)
     if port != args.port:
         print(f"port {args.port} is in use: taking {port}")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # the machine's own
-    _, address, _ = page(demo).launch(
+    _, address, _ = blocks.launch(
         server_name=HOST, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
         footer_links=[], ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, max_file_size="50mb",
         theme=gr.themes.Default(primary_hue="teal", **fonts), css=CSS,

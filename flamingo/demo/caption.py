@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import gradio as gr
 
 from flamingo.classroom import scenes
-from flamingo.demo.model import DemoModel, Step
+from flamingo.demo.answers import Step
 from flamingo.demo.parts import (
     Shown,
     code,
@@ -18,6 +18,7 @@ from flamingo.demo.parts import (
     shown_html,
     surprise,
 )
+from flamingo.demo.remote import RemoteModel
 
 CODE = """
 from flamingo import FlamingoModel
@@ -68,7 +69,7 @@ def said_html(caption: str, shown: Shown, prompt: str) -> str:
     return f'<div class="said">{html.escape(caption)}</div><div class="note">{html.escape(note)}</div>'
 
 
-def build(demo: DemoModel, shown: gr.State, said: gr.State) -> None:
+def build(demo: RemoteModel, shown: gr.State, said: gr.State) -> None:
     """shown: the visitor's `Shown`. said: (prompt, caption) of it, which the other tabs go on with."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -94,7 +95,7 @@ def build(demo: DemoModel, shown: gr.State, said: gr.State) -> None:
             caption = gr.HTML('<div class="said"></div>', elem_id="caption")
             gr.Markdown("**At every step, the five likeliest tokens** (· is a space) and their probabilities:")
             steps = gr.HTML(elem_id="steps")
-    code(CODE.replace("RUN", repr(str(demo.run))))
+    code(CODE.replace("RUN", repr(str(demo.about.run))))
 
     @sentences
     def speak(now: Shown, prompt: str, *knobs) -> Iterator[tuple]:

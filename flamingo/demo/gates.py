@@ -5,8 +5,9 @@ import html
 import gradio as gr
 
 from flamingo.classroom import scenes
-from flamingo.demo.model import DemoModel, Gates
+from flamingo.demo.answers import Gates
 from flamingo.demo.parts import Shown, code, sentences, shown_html, surprise
+from flamingo.demo.remote import RemoteModel
 
 CODE = """
 from flamingo import FlamingoModel
@@ -22,29 +23,30 @@ with gates_at(model.flamingo, [(0, 0)] * len(model.flamingo.gates())):  # all cl
 """
 
 
-def build(demo: DemoModel, shown: gr.State, said: gr.State, tab: gr.Tab) -> None:
-    if not demo.trained:
+def build(demo: RemoteModel, shown: gr.State, said: gr.State, tab: gr.Tab) -> None:
+    trained = demo.about.trained
+    if not trained:
         gr.Markdown("This model has no gates: its pictures stand among the text's own tokens.")
         return
-    rounded = [round(value, 2) for pair in demo.trained for value in pair]  # attention, feed-forward, attention, …
+    rounded = [round(value, 2) for pair in trained for value in pair]  # attention, feed-forward, attention, …
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             view = gr.HTML(elem_id="gated")
             surprising = gr.Button("Surprise me", variant="primary")
         with gr.Column(scale=2, min_width=300):
             sliders = []
-            for layer, i in zip(demo.layers, range(0, len(rounded), 2), strict=True):
+            for layer, i in zip(demo.about.layers, range(0, len(rounded), 2), strict=True):
                 with gr.Row():
                     for kind, value in zip(("attention", "feed-forward"), rounded[i : i + 2], strict=True):
                         label = f"layer {layer}, {kind}"
                         sliders.append(gr.Slider(-1, 1, value, step=0.01, label=label, min_width=160,
                                                  elem_classes="gate"))  # fmt: skip
-            trained = ", ".join(f"{value:+.2f}" for value in rounded)
-            gr.Markdown(f"tanh of each gate: at 0 the layer adds nothing. As trained: {trained}.", elem_classes="note")
+            listed = ", ".join(f"{value:+.2f}" for value in rounded)
+            gr.Markdown(f"tanh of each gate: at 0 the layer adds nothing. As trained: {listed}.", elem_classes="note")
             closing = gr.Button("Close all: the language model that was there before", size="md", elem_id="close")
             opening = gr.Button("As trained", size="md", elem_id="open")
             result = gr.HTML(elem_id="closed")
-    code(CODE.replace("RUN", repr(str(demo.run))))
+    code(CODE.replace("RUN", repr(str(demo.about.run))))
 
     def chosen(values: tuple[float, ...]) -> Gates:
         """Sliders → gates; where one stands as it was trained, the trained value itself, not its two digits."""

@@ -7,9 +7,8 @@ lock makes the others wait meanwhile. What a visitor has chosen is kept beside t
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,67 +16,49 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
+from flamingo.classroom import scenes
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import FlamingoProcessor, pad_image_index
+from flamingo.demo.answers import About, Gates, Look, Seen, Step
 from flamingo.evaluation import attention
 from flamingo.evaluation.captioning import NEW_TOKENS, continue_texts, encode_pictures
+from flamingo.evaluation.few_shot import Query, prompt_text
 from flamingo.evaluation.gates import gates_at
 from flamingo.fast.device import pick_device
+from flamingo.figures.heat_map import heat_map
 from flamingo.interop.selfcheck import check_decoding
 from flamingo.limits import plain_text
 from flamingo.model.cross_attention import media_attention_mask
+from flamingo.model.vlm import Flamingo
 from flamingo.training.checkpoint import load_model
 
-Gates = Sequence[tuple[float | None, float | None]] | None  # tanh of (attention, feed-forward); None: as trained
 LIKELIEST = 5  # next tokens that are shown of each step
-
-
-@dataclass(frozen=True)
-class Step:
-    """A token of a caption: its probability, and the likeliest tokens at that place with theirs."""
-
-    token: str
-    probability: float
-    likeliest: list[tuple[str, float]]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """tokens: of a text. mask: (T_txt, T_img), may this token look at this picture?"""
-
-    tokens: list[str]
-    mask: Tensor
 
 
 class DemoModel:
     """A run's model, loaded once for all visitors. Raises InputError if the folder holds no whole run."""
 
     def __init__(self, run: Path, device: str = "auto"):
-        self.run, self._lock = run, threading.Lock()
+        self._lock = threading.Lock()
         self.model, self.processor, self.config = load_model(run)
         self.model.to(pick_device(device))
         self.device = next(self.model.vision_tokenizer.parameters()).device
-        self.trained = self.model.gates()  # tanh of both gates, a pair for each layer that looks
+        looking = [name for name, module in self.model.lang_encoder.named_modules()
+                   if hasattr(module, "gated_cross_attn_layer")]  # fmt: skip
+        self.about = About(
+            run=run,
+            trained=self.model.gates(),
+            layers=[int(name.rpartition(".")[2]) for name in looking],
+            heads=self.config.fusion.heads,
+            can_show_attention=attention.can_be_recorded(self.model),
+            has_media_mask=isinstance(self.model, Flamingo),
+        )
         check_decoding(self.model)
-
-    @property
-    def layers(self) -> list[int]:
-        """Numbers of the decoder layers that a cross-attention stands before."""
-        chosen = [name for name, module in self.model.lang_encoder.named_modules()
-                  if hasattr(module, "gated_cross_attn_layer")]  # fmt: skip
-        return [int(name.rpartition(".")[2]) for name in chosen]
-
-    @property
-    def heads(self) -> int:
-        return self.config.fusion.heads
-
-    @property
-    def can_show_attention(self) -> bool:
-        return attention.can_be_recorded(self.model)
 
     @contextmanager
     def _alone(self, gates: Gates = None) -> Iterator[None]:
         """Inside, nobody else uses the model, and its gates are as given."""
-        with self._lock, torch.no_grad(), gates_at(self.model, gates or [(None, None)] * len(self.trained)):
+        with self._lock, torch.no_grad(), gates_at(self.model, gates or [(None, None)] * len(self.about.trained)):
             yield
 
     def _latents(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -141,8 +122,13 @@ class DemoModel:
             steps.append(Step(readable(names([token])[0]), probabilities[token].item(), likeliest))
         return steps
 
-    def continue_texts(self, pictures: Sequence[Image.Image], texts: Sequence[Sequence[Chunk]]) -> list[str]:
-        """What the model generates at the end of each text; `Chunk.picture` are numbers of pictures."""
+    def few_shot(
+        self, pictures: Sequence[Image.Image], examples: Sequence[Chunk], prompt: str, ways: Sequence[str]
+    ) -> list[str]:
+        """What it predicts after the last picture and the prompt, with the examples shown in each of these ways
+        (`prompt_text` has them); `Chunk.picture` are numbers of the pictures."""
+        query = Query(len(pictures) - 1, prompt, [])
+        texts = [prompt_text(query, examples, way) for way in ways]
         for text in texts:
             self._tokens(text)
         with self._alone():
@@ -156,6 +142,23 @@ class DemoModel:
         self._tokens([Chunk(0, prompt, caption)])
         with self._alone():
             return attention.word_looks(self.model, self.processor, [picture], [prompt], [caption], view=view)
+
+    def look(
+        self, picture: Image.Image, prompt: str, caption: str, word: int | None = None, *,
+        names: Collection[str] = (), scene: scenes.Scene | None = None,
+        layer: int | None = None, head: int | None = None,
+    ) -> Look:  # fmt: skip
+        """One of `looks`, drawn. word: its number; None: that of the first word among `names`, or of the first at all.
+
+        scene: of the picture, to draw the true box of a thing that is named. layer, head: see `attention.View`.
+        """
+        looks = self.looks(picture, prompt, caption, attention.View(layer, head))
+        words = [look.word for look in looks]
+        if word is None:
+            word = next((i for i, each in enumerate(words) if each in names), 0)
+        if word >= len(words):
+            return Look(words, None, heat_map(picture, attention.WordLook(0, "", torch.zeros(1, 1))))
+        return Look(words, word, heat_map(picture, looks[word], scene))
 
     def losses(self, picture: Image.Image, prompt: str, caption: str, gates: Gates = None) -> tuple[float, float]:
         """Loss of a caption, nats per token: with the picture, and with the picture taken away."""
@@ -189,7 +192,7 @@ class DemoModel:
             shown = {"pixel_values": inputs["pixel_values"]} if pictures else {"blind": True}
             whole = self.model.generate(ids, max_new_tokens=NEW_TOKENS, **shown)
         tokens = [readable(token) for token in self.processor.tokenizer.convert_ids_to_tokens(ids[0].tolist())]
-        seen = Seen(tokens, mask[0, :, : len(pictures)].cpu())
+        seen = Seen(tokens, mask[0, :, : len(pictures)].tolist())
         return seen, self.processor.decode_captions(whole, ids.shape[1])[0]
 
 

@@ -18,10 +18,9 @@ import gradio as gr
 from PIL import Image
 
 from flamingo.classroom import scenes
-from flamingo.data.pictures import open_picture
+from flamingo.data.pictures import enlarged, open_picture
 from flamingo.data.places import Unusable
 from flamingo.errors import InputError
-from flamingo.figures.heat_map import enlarged
 
 SURPRISES = 2**44  # numbers of scenes that no evaluation draws begin here
 HOW_MANY = {"one": (1,), "count": (2, 3), "row": (2,), "column": (2,), "three": (3,)}  # things of each layout

@@ -5,12 +5,12 @@ import random
 
 import gradio as gr
 
-from flamingo.data.processor import EOC_TOKEN, MEDIA_TOKEN
-from flamingo.demo.model import DemoModel, Seen
+from flamingo.data.chunks import EOC_TOKEN, MEDIA_TOKEN
+from flamingo.data.pictures import enlarged
+from flamingo.demo.answers import Seen
 from flamingo.demo.parts import Shown, code, data_uri, opened, picture_file, picture_html, sentences, surprise
+from flamingo.demo.remote import RemoteModel
 from flamingo.errors import InputError
-from flamingo.figures.heat_map import enlarged
-from flamingo.model.vlm import Flamingo
 
 CODE = """
 from flamingo import FlamingoModel, media_attention_mask
@@ -49,7 +49,7 @@ def mask_html(seen: Seen, pictures: list[Shown]) -> str:
         for i, shown in enumerate(pictures)
     )
     rows = []
-    for token, row in zip(seen.tokens, seen.mask.tolist(), strict=True):
+    for token, row in zip(seen.tokens, seen.mask, strict=True):
         cells = "".join(f'<td class="{"on" if sees else ""}">{"sees" if sees else ""}</td>' for sees in row)
         rows.append(f"<tr><td>{html.escape(token)}</td>{cells}</tr>")
     return f'<div class="scroll"><table class="mask"><tr><th>token</th>{heads}</tr>{"".join(rows)}</table></div>'
@@ -61,8 +61,8 @@ def pictures_html(pictures: list[Shown]) -> str:
     return f'<div class="cards">{"".join(cards) or "no picture"}</div>'
 
 
-def build(demo: DemoModel, tab: gr.Tab) -> None:
-    if not isinstance(demo.model, Flamingo):
+def build(demo: RemoteModel, tab: gr.Tab) -> None:
+    if not demo.about.has_media_mask:
         gr.Markdown("This model's pictures stand among the text's own tokens: the language model's own causal mask "
                     "says who sees what, and every later token sees every earlier picture.")  # fmt: skip
         return
@@ -84,7 +84,7 @@ def build(demo: DemoModel, tab: gr.Tab) -> None:
             said = gr.HTML('<div class="said"></div>', elem_id="continued")
             gr.Markdown("**Media mask.** A token sees the last picture before it; a text before the first sees none.")
             mask = gr.HTML(elem_id="mask")
-    code(CODE.replace("RUN", repr(str(demo.run))))
+    code(CODE.replace("RUN", repr(str(demo.about.run))))
 
     @sentences
     def read(shown: list[Shown], text: str):

@@ -8,18 +8,16 @@ from dataclasses import dataclass, replace
 import gradio as gr
 
 from flamingo.classroom import scenes
-from flamingo.classroom.examples import rule_chunk
 from flamingo.classroom.invented import invented_names
-from flamingo.data.processor import Chunk
-from flamingo.demo.model import DemoModel
+from flamingo.data.chunks import Chunk
 from flamingo.demo.parts import Shown, code, opened, picture_file, picture_html, sentences, surprise
+from flamingo.demo.remote import RemoteModel
 from flamingo.errors import InputError
-from flamingo.evaluation.few_shot import Query, prompt_text
 
 CODE = """
 from flamingo import load_model
 from flamingo.classroom.scenes import make_scene
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.evaluation.captioning import continue_texts, encode_pictures
 from flamingo.evaluation.few_shot import Query, prompt_text
 
@@ -74,9 +72,8 @@ def by_name(count: int, rng: random.Random) -> Prompt:
 def by_rule(rule: str, rng: random.Random) -> Prompt:
     """One word a picture, by a rule that only the examples show."""
     shown = [surprise(layout=rng.choice(scenes.RULE_LAYOUTS), rng=rng) for _ in range(5)]
-    chunks = [rule_chunk(0, one.scene, rule) for one in shown]
-    examples = tuple((one, chunk.prompt, chunk.caption) for one, chunk in zip(shown[:4], chunks, strict=False))
-    return Prompt(examples, shown[4], chunks[4].prompt, chunks[4].caption)
+    examples = tuple((one, scenes.ONE_WORD, one.scene.by_rule(rule)) for one in shown[:4])
+    return Prompt(examples, shown[4], scenes.ONE_WORD, shown[4].scene.by_rule(rule))
 
 
 READY: dict[str, Callable[[random.Random], Prompt]] = {
@@ -91,13 +88,12 @@ READY: dict[str, Callable[[random.Random], Prompt]] = {
 
 
 # ------------------------------------------------------------------------------------------------------ the tab
-def predictions(demo: DemoModel, asked: Prompt) -> dict[str, str]:
+def predictions(demo: RemoteModel, asked: Prompt) -> dict[str, str]:
     """What the model predicts for each of WAYS that differs from the first."""
     examples = [Chunk(i, prompt, text) for i, (_, prompt, text) in enumerate(asked.examples)]
     pictures = [shown.picture for shown, _, _ in asked.examples] + [asked.query.picture]
-    query = Query(len(examples), asked.prompt, [])
     ways = [way for way in WAYS if len(examples) > {"": -1, "text_only_demos": 0, "shuffled_demos": 1}[way]]
-    said = demo.continue_texts(pictures, [prompt_text(query, examples, way) for way in ways])
+    said = demo.few_shot(pictures, examples, asked.prompt, ways)
     return dict(zip(ways, said, strict=True))
 
 
@@ -121,7 +117,7 @@ def result_html(said: dict[str, str], right: str) -> str:
     return "".join(rows)
 
 
-def build(demo: DemoModel, tab: gr.Tab) -> None:
+def build(demo: RemoteModel, tab: gr.Tab) -> None:
     asked = gr.State(None)
     with gr.Row():
         with gr.Column(scale=3, min_width=300):
@@ -144,7 +140,7 @@ def build(demo: DemoModel, tab: gr.Tab) -> None:
             with gr.Accordion("Your own query", open=False):
                 own = picture_file(show_label=False, height=160)
             result = gr.HTML(elem_id="predictions")
-    code(CODE.replace("RUN", repr(str(demo.run))))
+    code(CODE.replace("RUN", repr(str(demo.about.run))))
 
     @sentences
     def predict(now: Prompt, words: str) -> str:

@@ -8,12 +8,11 @@ import pandas as pd
 from PIL import Image
 
 from flamingo.data.pictures import open_picture
-from flamingo.demo.model import DemoModel
 from flamingo.demo.parts import code, picture_html, sentences
+from flamingo.demo.remote import RemoteModel
 from flamingo.errors import InputError
 from flamingo.files import asset, read_json
-from flamingo.run_folder import METRICS
-from flamingo.training.log import read_metrics
+from flamingo.run_folder import METRICS, read_metrics
 
 CODE = """
 import json
@@ -106,7 +105,7 @@ def scores(run: Path) -> dict[str, str]:
     return found | ({"verdict": str(held["verdict"])} if "verdict" in held else {})
 
 
-def build(demo: DemoModel, tab: gr.Tab) -> None:
+def build(demo: RemoteModel, tab: gr.Tab) -> None:
     with gr.Row():
         run = gr.Dropdown([], label="Run", allow_custom_value=True, elem_id="run")
         beside = gr.Dropdown([], label="Its scores beside those of", allow_custom_value=True)
@@ -124,7 +123,7 @@ def build(demo: DemoModel, tab: gr.Tab) -> None:
     samples = gr.HTML(elem_id="samples")
     gr.Markdown("**Evaluation** (`python evaluate.py RUN` writes it)")
     table = gr.HTML(elem_id="scores")
-    code(CODE.replace("RUN", repr(str(demo.run))))
+    code(CODE.replace("RUN", repr(str(demo.about.run))))
 
     @sentences
     def tell(chosen: str, other: str):
@@ -133,9 +132,9 @@ def build(demo: DemoModel, tab: gr.Tab) -> None:
         return loss, gate, samples_html(chosen, validations), table_html({chosen: scores(chosen), other: scores(other)})
 
     def choices(chosen: str | None, other: str | None):
-        found = runs(demo.run)
+        found = runs(demo.about.run)
         last = list(found.values())[-1] if found else ""
-        first = chosen or (str(demo.run) if str(demo.run) in found.values() else last)
+        first = chosen or (str(demo.about.run) if str(demo.about.run) in found.values() else last)
         return gr.Dropdown(list(found.items()), value=first), gr.Dropdown(list(found.items()), value=other or last)
 
     told = {"fn": tell, "inputs": [run, beside], "outputs": [losses, gates, samples, table]}

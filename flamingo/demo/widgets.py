@@ -42,7 +42,7 @@ def widgets_if_installed():
 def gate_sliders(demo: DemoModel, scene: Scene) -> None:
     """A slider for each gate, tanh from -1 to 1; caption and losses follow. Still: as trained, and with all closed."""
     widgets = widgets_if_installed()
-    closed = [(0.0, 0.0)] * len(demo.trained)
+    closed = [(0.0, 0.0)] * len(demo.about.trained)
     still = gates_figure(
         {"as trained": gates_say(demo, scene, None), "all gates closed": gates_say(demo, scene, closed)}
     )
@@ -50,7 +50,7 @@ def gate_sliders(demo: DemoModel, scene: Scene) -> None:
         return show(None, still)
     sliders = [
         widgets.FloatSlider(value, min=-1, max=1, step=0.01, description=f"layer {layer} {kind}")
-        for layer, pair in zip(demo.layers, demo.trained, strict=True)
+        for layer, pair in zip(demo.about.layers, demo.about.trained, strict=True)
         for kind, value in zip(("attn", "ff"), pair, strict=True)
     ]
     said = widgets.HTML()
@@ -96,8 +96,8 @@ def attention_view(demo: DemoModel, scene: Scene) -> None:
         return show(None, still)
     words = [(look.word, i) for i, look in enumerate(whole)]
     word = widgets.ToggleButtons(options=words, value=named[0], style={"button_width": "auto"})
-    layers = [("all, by gate", None), *((f"before layer {n}", i) for i, n in enumerate(demo.layers))]
-    heads = [("mean", None), *((str(i + 1), i) for i in range(demo.heads))]
+    layers = [("all, by gate", None), *((f"before layer {n}", i) for i, n in enumerate(demo.about.layers))]
+    heads = [("mean", None), *((str(i + 1), i) for i in range(demo.about.heads))]
     layer, head = widgets.Dropdown(options=layers), widgets.Dropdown(options=heads, description="head")
     shown = widgets.Image(width=240)
 

@@ -18,7 +18,7 @@ from itertools import chain, zip_longest
 import numpy as np
 
 from flamingo.data.answer_columns import Question, question_prompt
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.evaluation.few_shot import Query, Task, score_name
 from flamingo.evaluation.metrics import exact_match
 from flamingo.evaluation.test_set import EvaluationSet

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from flamingo.classroom import scenes
-from flamingo.data.processor import Chunk, FlamingoProcessor
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import FlamingoProcessor
 from flamingo.evaluation.captioning import Picture, prepared
 from flamingo.model.cross_attention import MaskedCrossAttention, MediaMask
 from flamingo.model.resampler import PerceiverAttention, PerceiverResampler

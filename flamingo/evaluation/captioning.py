@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flamingo import ranks
-from flamingo.data.processor import Chunk, FlamingoProcessor, pad_image_index
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import FlamingoProcessor, pad_image_index
 from flamingo.evaluation.typical import most_typical
 from flamingo.interop import compat
 from flamingo.model.vlm import Flamingo

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.evaluation.metrics import ORDERS, Cider
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.ptb import ptb_tokens

@@ -24,7 +24,7 @@ import numpy as np
 
 from flamingo.classroom import scenes
 from flamingo.classroom.examples import question_chunk, rule_chunk
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.errors import InputError
 from flamingo.evaluation.metrics import bootstrap_interval, cider_d, exact_match, normalise
 from flamingo.evaluation.parts import Parts

@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flamingo.data.processor import Chunk, FlamingoProcessor
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.evaluation import captioning
 from flamingo.evaluation.test_set import Item

@@ -20,7 +20,7 @@ import numpy as np
 from flamingo.classroom import scenes
 from flamingo.classroom.invented import invented_names
 from flamingo.data.answer_columns import question_prompt
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.evaluation.few_shot import Query, Task, prompt_text
 from flamingo.evaluation.metrics import bootstrap_interval
 from flamingo.evaluation.parts import Parts

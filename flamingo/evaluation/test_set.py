@@ -25,7 +25,7 @@ from flamingo.data.answer_columns import (
     questions_of_row,
 )
 from flamingo.data.captions import CaptionedPictures, describe_splits, load_set
-from flamingo.data.processor import Chunk
+from flamingo.data.chunks import Chunk
 from flamingo.errors import InputError
 
 SUPPORT = 512  # pictures to draw examples from, at most; OpenFlamingo draws from 2048

@@ -13,7 +13,8 @@ import torch
 from PIL import ImageChops
 from torch import Tensor
 
-from flamingo.data.processor import Chunk, pad_image_index
+from flamingo.data.chunks import Chunk
+from flamingo.data.processor import pad_image_index
 from flamingo.figures.drawing import DATA, INK, PICTURE_COLORS, SOFT, TRAINED, WORDS, Card, classroom_model, shape
 from flamingo.figures.run_figures import plt
 from flamingo.model.resampler import PerceiverResampler

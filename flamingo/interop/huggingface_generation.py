@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flamingo.data.processor import MEDIA_TOKEN, FlamingoProcessor
+from flamingo.data.chunks import MEDIA_TOKEN
+from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.evaluation.attention import recorded_cross_attention
 from flamingo.interop import compat

@@ -20,40 +20,14 @@ from flamingo.evaluation.first_look import Context, marks_of, own_captions
 from flamingo.evaluation.test_set import Item
 from flamingo.fast.device import peak_memory_bytes
 from flamingo.figures import run_figures
-from flamingo.files import must_be_regular, write_atomically, writing
-from flamingo.limits import checked_fields
+from flamingo.files import write_atomically, writing
 from flamingo.model.vlm import Flamingo
-from flamingo.run_folder import METRICS, SKIPPED
+from flamingo.run_folder import METRICS, SKIPPED, read_metrics
 from flamingo.training.resume import way_out
 from flamingo.training.tensorboard import TensorBoard
 
 SHOWN = 12  # pictures in samples.png
 FOLLOWED = 4  # pictures whose captions are kept at every validation
-
-# Fields of a line of metrics.jsonl.
-STEP = {"step": int, "loss": float, "lr": float, "captions": int, "seconds": float}
-LEFT_OUT = {"step": int, "left_out": str, "seconds": float}
-VALIDATION = {"step": int, "val_loss": float, "val_loss_blind": float, "attn": "list[float]", "ff": "list[float]"}
-SCORES = {"exact_match": float, "cider_d": float}  # one of them, if any picture has a caption to compare with
-
-
-def read_metrics(file: Path, steps_done: int) -> list[dict]:
-    """The entries of metrics.jsonl up to a step, without a last line that a kill cut short. Raises InputError."""
-    must_be_regular(file)
-    lines, entries = file.read_text(encoding="utf-8", errors="replace").splitlines(), []
-    for number, line in enumerate(lines, start=1):
-        where = f"line {number} of {file}"
-        try:
-            entry = json.loads(line)
-            found = entry if isinstance(entry, dict) else {}
-            kinds = VALIDATION if "val_loss" in found else LEFT_OUT if "left_out" in found else STEP
-            entries.append(checked_fields(entry, kinds | SCORES, where, required=tuple(kinds)))
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            why = str(error) if isinstance(error, InputError) else f"{where} is damaged"
-            raise InputError(f"{why}: take the file away and the run goes on without its losses so far") from None
-    return [entry for entry in entries if entry["step"] <= steps_done]
 
 
 class RunLog:
