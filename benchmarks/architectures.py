@@ -1,11 +1,12 @@
 """Flamingo, Kosmos, BLIP and LLaVA (with LoRA too) on one classroom: what each has learned, and what each costs.
 
-    python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER] [-- …]
+    python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER]
+    python -m benchmarks.architectures -- --steps 720        all see as many captions as Flamingo's preset does
 
-All are trained by `python train.py` (… are further options of it) on the same scenes in the same order, as many of them
-as the classroom's preset shows (a preset of its own may take more steps), and take the same exam (evaluate.py). Beside
-that, of a fresh model: how the time of reading a text grows with its pictures, and what has to be kept of them for each
-further token. A run folder that is whole is not trained again, and an exam that was taken is not taken again.
+All are trained by `python train.py` (what follows -- are further options of it) on the same scenes in the same order,
+each for as many steps as its preset has, and take the same exam (evaluate.py). Beside that, of a fresh model: how the
+time of reading a text grows with its pictures, and what has to be kept of them for each further token. A run folder
+that is whole is not trained again, and an exam that was taken is not taken again.
 """
 
 import statistics
@@ -22,7 +23,7 @@ from flamingo.figures.run_figures import plt
 from flamingo.files import read_json
 from flamingo.interop import compat
 from flamingo.interop.backbones import Built, build_flamingo
-from flamingo.presets import PRESETS, model_config
+from flamingo.presets import model_config
 from flamingo.run_folder import SUMMARY
 from flamingo.training.loop import count_parameters
 
@@ -30,7 +31,6 @@ NAMES = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classro
          "llava-lora": "classroom-llava-lora"}  # fmt: skip
 COLORS = {"flamingo": "#1b7f79", "kosmos": "#d1495b", "blip": "#edae49", "llava": "#30638e",
           "llava-lora": "#7b5ea7"}  # fmt: skip
-STEPS = PRESETS["classroom"]["training"]["steps"]
 PICTURES = [1, 2, 4, 8, 16, 32]  # of one text
 TEXTS, WORDS = 4, 2  # texts in a call, and words behind each picture
 
@@ -109,13 +109,14 @@ def mean_of(runs: list[dict], what: str) -> float:
 def show(result: dict) -> None:
     """A line for each architecture: means over the seeds."""
     head = ["", "exact match", "three things", "novel", "binding", "five-way", "0 shots", "4 shots", "trained",
-            "seconds", "captions/s"]  # fmt: skip
+            "captions", "seconds", "captions/s"]  # fmt: skip
     rows = []
     for name, held in result.items():
         runs = held["seeds"]
         scores = ("exact_match", "three_things", "novel", "binding", "binding_five_way")
         shots = [statistics.mean(run["shots"][k] for run in runs) for k in ("0", "4") if k in runs[0]["shots"]]
-        costs = [f"{held['trained']:,}", mean_of(runs, "seconds"), mean_of(runs, "captions_per_second")]
+        costs = [f"{held['trained']:,}", f"{mean_of(runs, 'captions_seen'):,.0f}"]
+        costs += [mean_of(runs, what) for what in ("seconds", "captions_per_second")]
         rows.append([name, *(mean_of(runs, what) for what in scores), *shots, *["-"] * (2 - len(shots)), *costs])
     common.print_table(head, rows)
     rows = [[name, *((point["seconds"] and 1000 * point["seconds"]) or "too long" for point in held["growth"])]
@@ -165,7 +166,6 @@ def main(argv: list[str]) -> None:
                             help="run folders (default: %(default)s)")  # fmt: skip
 
     args = common.parse("architectures", __doc__.splitlines()[0], own, add)
-    options = ["--steps", str(STEPS), *options]  # of two, the last counts
     exam, pictures = ["--n", str(args.n)], PICTURES
     if args.quick:
         options = [*options, "--steps", "2", "--batch-size", "4", "--eval-batches", "1"]
