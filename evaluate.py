@@ -62,8 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="draw so many captions; the one most like the others is given (default: %(default)s: the likeliest token "
              "each time)")  # fmt: skip
     add("--consensus", action="store_true",
-        help="captioned sets: choose among the model's captions and those of training pictures, by what people would "
-             "write of such a picture and by the model's likelihood")  # fmt: skip
+        help="captioned sets: choose among the model's captions and those of up to 512 training pictures, by what "
+             "people would write of such a picture and by the model's likelihood")  # fmt: skip
     add("--plain", action="store_true", help="leave out flamingo/fast: the model as flamingo/model has it, in float32")
     add("--device", default="auto", help="auto, cpu, cuda, … (default: %(default)s)")
     add("--examples", type=int, default=8, help="captions to print (default: %(default)s)")
@@ -111,7 +111,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from flamingo.evaluation.report import write_report
     from flamingo.evaluation.run import plan, run_plan
     from flamingo.evaluation.table import print_result
-    from flamingo.evaluation.test_set import captioned_test_set, classroom_test_set
+    from flamingo.evaluation.test_set import SUPPORT, captioned_test_set, classroom_test_set
     from flamingo.fast.device import pick_device
     from flamingo.fast.inference import prepare_to_generate
     from flamingo.files import write_json
@@ -143,7 +143,10 @@ def evaluate(args: argparse.Namespace) -> None:
         must_fit(args.n * SCENE, f"--n {args.n:,}", "ask for fewer")
         test_set = classroom_test_set(args.split, args.n, args.seed)
     else:
-        test_set = captioned_test_set(options, args.split, args.n, args.seed, columns)
+        support = (
+            SUPPORT if args.consensus else None
+        )  # what can be expected is learned from all of them, however small n is
+        test_set = captioned_test_set(options, args.split, args.n, args.seed, columns, support)
     predictor = Predictor(model, processor, dtype, Decoding(args.beams, args.candidates, args.consensus), args.seed)
     check_decoding(model, predictor.autocast)
     todo = plan(test_set, predictor, args)  # mistakes are found here, before anything is run

@@ -42,12 +42,31 @@ def test_the_index_gives_the_metric_of_every_picture_at_once():
 
 
 def test_no_caption_is_its_own_judge():
-    index = CaptionIndex(CAPTIONS)
-    assert index.cider_d("a boat on the sea")[3] == 0
-    shared = CaptionIndex([*CAPTIONS[:3], ["a boat on the sea", "a boat at sea"], CAPTIONS[4]])
-    assert shared.cider_d("a boat on the sea")[3] == pytest.approx(  # the other one's alone
-        shared.cider.alike(*(shared.cider.weigh(ptb_tokens(text)) for text in shared.texts[3]))
-    )
+    sea = CaptionIndex([*CAPTIONS[:3], ["a boat on the sea", "a boat at sea"], CAPTIONS[4]])
+    other = sea.cider.alike(*(sea.cider.weigh(ptb_tokens(text)) for text in ("A boat on the sea.", "a boat at sea")))
+    assert sea.cider_d("A boat on the sea.")[3] == pytest.approx(other)
+    alone = CaptionIndex(CAPTIONS).cider_d("a boat on the sea")  # nothing is left: the picture says nothing
+    assert alone[3] == pytest.approx(np.delete(alone, 3).mean())
+
+
+def test_what_is_often_said_is_not_the_worse_for_it():
+    """Of twenty cats that are called the same and one that is not, the usual name is expected to earn most."""
+    texts = [*([["a cat"]] * 20), ["a small cat on a sofa"], *([["a dog"]] * 20)]
+    support = [Item(Image.new("RGB", (8, 8)), "", captions, "1") for captions in texts]
+    cats = torch.tensor([[1.0, 0.1 * (i % 3)] for i in range(21)])
+    judges = Judges(support, normalize(torch.cat([cats, cats[:20].flip(1)]), dim=-1))
+    assert judges.best(normalize(torch.tensor([1.0, 0.1]), dim=0), 1) == ["a cat"]
+
+
+def test_a_channel_that_never_changes_does_not_drown_the_others():
+    torch.manual_seed(0)
+    vectors = torch.randn(40, 12)
+    vectors[:, 5] = 0
+    support = [Item(Image.new("RGB", (8, 8)), "", [f"a thing of kind {i}"], "1") for i in range(40)]
+    traced = vectors[7].clone()
+    traced[5] = 0.01
+    judges = Judges(support, vectors)
+    np.testing.assert_allclose(judges.weights(traced), judges.weights(vectors[7]), atol=0.02)
 
 
 def test_weights_are_those_of_a_ridge_regression(judges):
@@ -115,4 +134,3 @@ def test_of_several_drawn_candidates_the_most_typical_is_given(monkeypatch):
     assert (asked["do_sample"], asked["num_return_sequences"]) == (True, 3)
     drawn = captioning.draw_texts(model, processor, None, [[], []], 3, temperature=0.9)
     assert drawn == [said[:3], said[3:]] and asked["temperature"] == 0.9
-    assert consensus.DRAWN > 1

@@ -33,7 +33,6 @@ from flamingo.evaluation.test_set import Item
 
 DRAWN, TEMPERATURE = 16, 0.7  # captions of the model's own beside the likeliest one
 GIVEN = 8  # captions of training pictures that become candidates
-NEAREST = 200  # training pictures whose captions may be given: those of the largest weights
 LIKELIHOOD = 0.1  # CIDEr-D that a nat a word is worth
 RIDGE = 3.0  # the penalty on the regression's coefficients, beside pictures that are unit vectors
 
@@ -41,17 +40,21 @@ RIDGE = 3.0  # the penalty on the regression's coefficients, beside pictures tha
 class Judges:
     """Captioned pictures, and what they let one expect of a caption beside a new picture.
 
-    vectors: (M, d), of the support pictures. A channel counts by how far it lies from its mean, in deviations.
+    vectors: (M, d), of the support pictures. A channel counts by how far it lies from its mean, in deviations; one that
+    hardly ever changes counts by a tenth of the usual deviation, or a trace of it would drown all others.
     """
 
     def __init__(self, support: Sequence[Item], vectors: Tensor):
         vectors = vectors.double().cpu()
-        self.mean, self.deviation = vectors.mean(dim=0), vectors.std(dim=0, correction=0) + 1e-6
+        deviation = vectors.std(dim=0, correction=0)
+        self.mean, self.deviation = vectors.mean(dim=0), deviation.clamp(min=0.1 * deviation.mean().item() + 1e-6)
         self.pictures = self._standardized(vectors)  # (M, d) unit vectors
         gram = self.pictures.T @ self.pictures  # (d, d)
         self.inverse = torch.linalg.inv(gram + RIDGE * torch.eye(len(gram), dtype=gram.dtype))
         self.captions = CaptionIndex([list(item.truths) for item in support])
-        self._best: dict[bytes, list[str]] = {}
+        self.texts = list(dict.fromkeys(self.captions.flat))  # (D,) each once
+        rows = tqdm(self.texts, desc="what each training caption is worth", leave=False)
+        self.worth = np.stack([self.captions.cider_d(text) for text in rows])  # (D, M)
 
     def _standardized(self, vectors: Tensor) -> Tensor:
         return F.normalize((vectors - self.mean) / self.deviation, dim=-1)
@@ -70,51 +73,59 @@ class Judges:
         return np.array([self.captions.cider_d(text) @ weights for text in candidates])
 
     def best(self, vector: Tensor, count: int) -> list[str]:
-        """The captions of which most is expected, the first of equals first; at most GIVEN of them."""
-        key = vector.cpu().numpy().tobytes()
-        if key not in self._best:  # asked for again with another's picture (a control)
-            weights = self.weights(vector)
-            near = np.argsort(-weights, kind="stable")[:NEAREST]
-            texts = list(dict.fromkeys(text for row in near for text in self.captions.texts[row]))
-            order = np.argsort(-self.expected(weights, texts), kind="stable")
-            self._best[key] = [texts[k] for k in order[:GIVEN]]
-        return self._best[key][:count]
+        """The training captions of which most is expected, the first of equals first."""
+        order = np.argsort(-(self.worth @ self.weights(vector)), kind="stable")
+        return [self.texts[k] for k in order[:count]]
 
 
 class CaptionIndex:
     """Captions of M pictures by their n-grams: CIDEr-D with all of them at once, for one by one would take minutes."""
 
     def __init__(self, texts: Sequence[Sequence[str]]):
-        self.texts = texts
-        self.flat = np.array([text for own in texts for text in own], dtype=object)  # (C,)
+        self.flat = [text for own in texts for text in own]  # (C,)
         self.picture = np.repeat(np.arange(len(texts)), list(map(len, texts)))  # (C,) whose caption it is
-        self.cider = Cider([[ptb_tokens(text) for text in own] for own in texts])
-        weighed = [self.cider.weigh(ptb_tokens(text)) for text in self.flat]
-        self.norms = np.array([one.norms for one in weighed])  # (C, 4)
-        self.words = np.array([one.words for one in weighed])
+        self.pictures = len(texts)
+        words = [tuple(ptb_tokens(text)) for text in self.flat]
+        self.places = defaultdict(list)  # a caption's words → where it stands
         holders, values = defaultdict(list), defaultdict(list)  # n-gram → the captions that have it, its weight there
-        for number, one in enumerate(weighed):
-            for grams in one.grams:
+        self.cider = Cider([[ptb_tokens(text) for text in own] for own in texts])
+        weighed = [self.cider.weigh(one) for one in words]
+        for place, (one, found) in enumerate(zip(words, weighed, strict=True)):
+            self.places[one].append(place)
+            for grams in found.grams:
                 for gram, weight in grams.items():
-                    holders[gram].append(number)
+                    holders[gram].append(place)
                     values[gram].append(weight)
-        self.holders = {gram: (np.array(numbers), np.array(values[gram])) for gram, numbers in holders.items()}
+        self.holders = {gram: (np.array(places), np.array(values[gram])) for gram, places in holders.items()}
+        self.norms = np.array([found.norms for found in weighed])  # (C, 4)
+        self.lengths = np.array([found.words for found in weighed])
 
     def cider_d(self, text: str) -> np.ndarray:
-        """Of a caption beside each picture, (M,): the mean over the picture's captions, itself left out."""
+        """Of a caption beside each picture, (M,): the mean over the picture's captions.
+
+        If it is a caption of one of the pictures alone, it is no judge of itself there. Where nothing is left to
+        compare with, the picture says nothing: it gets the mean of all others.
+        """
         own = self.cider.weigh(ptb_tokens(text))
         alike = np.zeros((len(self.flat), ORDERS))
         for order, grams in enumerate(own.grams):
             for gram, weight in grams.items():
                 if gram in self.holders:
-                    numbers, weights = self.holders[gram]
-                    alike[numbers, order] += np.minimum(weight, weights) * weights
+                    places, weights = self.holders[gram]
+                    alike[places, order] += np.minimum(weight, weights) * weights
         norms = np.array(own.norms) * self.norms
         cosines = np.divide(alike, norms, out=np.zeros_like(alike), where=norms > 0).mean(axis=1)
-        scores = 10 * cosines * self.cider.forgiven(own.words, self.words)
-        others = self.flat != text
-        sums = np.bincount(self.picture, scores * others, minlength=len(self.texts))
-        return sums / np.maximum(1, np.bincount(self.picture, others, minlength=len(self.texts)))
+        scores = 10 * cosines * self.cider.forgiven(own.words, self.lengths)
+        compared = np.ones(len(self.flat))
+        same = self.places.get(tuple(ptb_tokens(text)), [])
+        if len(set(self.picture[same])) == 1:
+            compared[same] = 0
+        counts = np.bincount(self.picture, compared, minlength=self.pictures)
+        sums = np.bincount(self.picture, scores * compared, minlength=self.pictures)
+        left = counts > 0
+        means = np.divide(sums, counts, out=np.zeros(self.pictures), where=left)
+        means[~left] = means[left].mean() if left.any() else 0
+        return means
 
 
 def choose_captions(

@@ -148,11 +148,13 @@ def _items(examples: CaptionedPictures, indices: Sequence[int], columns: AnswerC
 
 
 def captioned_test_set(
-    options: TrainingOptions, split: str | None, n: int, seed: int, named: AnswerColumns | None = None
-) -> EvaluationSet:
+    options: TrainingOptions, split: str | None, n: int, seed: int, named: AnswerColumns | None = None,
+    support: int | None = None,
+) -> EvaluationSet:  # fmt: skip
     """At most n pictures of a split of the set `options.data`: test, else validation, if none is named.
 
-    named: columns of questions, answers and labels that cannot be found by name. Labelled pictures come every class in
+    named: columns of questions, answers and labels that cannot be found by name. support: so many training pictures at
+    most; None: as many as examples are drawn from. Labelled pictures come every class in
     turn. Raises InputError for a split that does not exist, fewer than 2 pictures, or a picture nobody captioned.
     """
     named = named or AnswerColumns()
@@ -188,7 +190,7 @@ def captioned_test_set(
     asked = {examples.kept[i] for i in chosen_items} if shared else set()
     others = [i for i in range(len(train)) if train.kept[i] not in asked and _captions(train.texts(i))]
     items, left_out = _items(examples, chosen_items, columns)
-    drawn = random.Random(f"support {seed}").sample(others, min(support_size(n), len(others)))
+    drawn = random.Random(f"support {seed}").sample(others, min(support or support_size(n), len(others)))
     support, _ = _items(train, drawn, columns)
     return EvaluationSet(
         source, chosen, items, [], support, names=names, left_out=left_out if columns.question else None,
