@@ -9,6 +9,7 @@ time of reading a text grows with its pictures, and what has to be kept of them 
 that is whole is not trained again, and an exam that was taken is not taken again.
 """
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks import common
 from flamingo.config import TrainingOptions
+from flamingo.errors import InputError
 from flamingo.fast.enable import enable
 from flamingo.figures.run_figures import plt
 from flamingo.files import read_json
@@ -25,6 +27,7 @@ from flamingo.interop import compat
 from flamingo.interop.backbones import Built, build_flamingo
 from flamingo.presets import model_config
 from flamingo.run_folder import SUMMARY
+from flamingo.training.command_line import parse_training_options
 from flamingo.training.loop import count_parameters
 
 NAMES = {"flamingo": "classroom", "kosmos": "classroom-kosmos", "blip": "classroom-blip", "llava": "classroom-llava",
@@ -38,9 +41,15 @@ TEXTS, WORDS = 4, 2  # texts in a call, and words behind each picture
 # ---------------------------------------------------------------------------------------------- trained and examined
 def run_one(name: str, seed: int, folder: Path, options: list[str], exam: list[str]) -> dict:
     """Train and examine one architecture with one seed, as a user would → its figures. Raises InputError if a command
-    fails."""
-    if not (folder / SUMMARY).exists():
-        common.run_script("train.py", "--preset", NAMES[name], "--seed", str(seed), "--out", str(folder), *options)
+    fails, or the folder holds a run of other options."""
+    order = ["--preset", NAMES[name], "--seed", str(seed), "--out", str(folder), *options]
+    if (folder / SUMMARY).exists():
+        wanted, trained = dataclasses.asdict(parse_training_options(order)), read_json(folder / SUMMARY)["options"]
+        others = [option for option in wanted.keys() - {"out"} if wanted[option] != trained.get(option)]
+        if others:
+            raise InputError(f"{folder} was trained with another {sorted(others)[0]}: take it away, or choose --out")
+    else:
+        common.run_script("train.py", *order)
     if not (folder / "evaluation.json").exists():
         common.run_script("evaluate.py", str(folder), "--shots", "0", "4", *exam)
     summary, scores = read_json(folder / SUMMARY), read_json(folder / "evaluation.json")

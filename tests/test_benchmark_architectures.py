@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from PIL import Image
 
 from benchmarks import architectures
 from flamingo.config import TrainingOptions
+from flamingo.errors import InputError
 from flamingo.interop.backbones import build_flamingo
 from flamingo.presets import model_config
 
@@ -27,6 +29,8 @@ def test_the_comparison_runs_and_goes_on_where_it_was(tmp_path, capsys):
     before = weights.stat().st_mtime_ns
     architectures.main(order)
     assert weights.stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="llava-0 was trained with another lr: take it away, or choose --out"):
+        architectures.main([*order, "--lr", "0.5"])
 
 
 def test_a_picture_makes_a_stream_longer_and_a_text_that_is_too_long_is_left_out():

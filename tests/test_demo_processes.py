@@ -29,7 +29,10 @@ SAID = SCENE.caption("sentence")
 
 @pytest.fixture(scope="module")
 def remote():
-    return RemoteModel(RUN, "cpu")
+    made = RemoteModel(RUN, "cpu")
+    yield made
+    made.close()
+    assert not made._process.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +53,15 @@ def test_another_process_answers_as_this_one_would(remote, here):
     closed = [(0.0, 0.0)] * len(here.about.trained)
     asked = {
         "stream": (PICTURE, CUE), "caption": (PICTURE, CUE, closed), "steps": (PICTURE, CUE, SAID),
-        "look": (PICTURE, CUE, SAID), "losses": (PICTURE, CUE, SAID),
+        "look": (PICTURE, CUE, SAID, None), "losses": (PICTURE, CUE, SAID),
         "distance_to_language_model": (PICTURE, CUE, SAID, closed), "few_shot": ([PICTURE], [], CUE, [""]),
         "who_sees_what": ("<image> As a list:", [PICTURE]),
     }  # fmt: skip
     assert asked.keys() == set(QUESTIONS)
     assert remote.about == here.about
     for question, given in asked.items():
-        there, own = (getattr(model, question)(*given) for model in (remote, here))
+        named = {"names": set(SCENE.names), "scene": SCENE, "layer": 0, "head": 1} if question == "look" else {}
+        there, own = (getattr(model, question)(*given, **named) for model in (remote, here))
         if question == "stream":
             there, own = list(there), list(own)
             assert len(there) > 8 and there[-1] == SAID
@@ -139,12 +143,13 @@ def test_however_the_page_ends_its_model_ends_too(sent, send, ready, tmp_path):
             stderr=out, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     try:
+        until = time.monotonic() + 180
         while not (re.search("open http", log.read_text()) if ready else len(living(page.pid)) > 2):
-            assert page.poll() is None, log.read_text()
+            assert page.poll() is None and time.monotonic() < until, log.read_text()
             time.sleep(0.1)
         time.sleep(2)  # into the imports
         send(page.pid, sent)
-        assert page.wait() == (-sent if sent == signal.SIGKILL else 128 + sent)
+        assert page.wait(timeout=60) == (-sent if sent == signal.SIGKILL else 128 + sent)
         for _ in range(100):
             if not living(page.pid):
                 break

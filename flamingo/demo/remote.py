@@ -45,7 +45,9 @@ class RemoteModel:
         new = multiprocessing.get_context("spawn")  # a forked process would begin with all that this one holds
         self._pipe, there = new.Pipe()
         # daemon: if this process ends with an error, it ends the other rather than wait for it.
-        new.Process(target=answer_questions, args=(there, run, device), daemon=True).start()
+        self._process = new.Process(target=answer_questions, args=(there, run, device), daemon=True)
+        with deaf_to_ctrl_c():
+            self._process.start()
         there.close()  # the other process alone holds that end now, so it is closed when that process ends
         self._numbers = itertools.count()
         self._waiting: dict[int, queue.SimpleQueue] = {}  # number of a question → where its answers go
@@ -57,6 +59,11 @@ class RemoteModel:
         """Waits for the model. Raises InputError if the folder holds no whole run."""
         (answer,) = self._ask("about")
         return answer
+
+    def close(self) -> None:
+        """Ends the model's process."""
+        self._process.terminate()
+        self._process.join()
 
     def __getattr__(self, question: str):
         """`model.caption(…)` asks for a caption: every one of QUESTIONS is a method here as it is of a DemoModel."""
@@ -86,13 +93,28 @@ class RemoteModel:
 
     def _deliver(self) -> None:
         """Hands every answer to whoever waits for it; when there will be no more, tells all who wait."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                number, answer = self._pipe.recv()
-                if answers := self._waiting.get(number):
-                    answers.put(answer)
-        for answers in list(self._waiting.values()):
-            answers.put(InputError(GONE))
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    number, answer = self._pipe.recv()
+                    if answers := self._waiting.get(number):
+                        answers.put(answer)
+        finally:  # after any other error too, which this thread prints
+            for answers in list(self._waiting.values()):
+                answers.put(InputError(GONE))
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """A process that is started inside ignores Ctrl-C from its first moment: what it ignores is handed on."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets the main thread alone set this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------------------------------ in the model's process
@@ -106,7 +128,7 @@ def answer_questions(pipe: Connection, run: Path, device: str) -> None:
     sending = threading.Lock()
 
     def say(number: int, answer) -> None:
-        with sending, contextlib.suppress(BrokenPipeError):  # the page has gone, and the main thread will notice
+        with sending, contextlib.suppress(OSError):  # the page has gone, and the main thread will notice
             pipe.send((number, answer))
 
     with contextlib.suppress(EOFError, OSError):
@@ -138,11 +160,11 @@ def answer(loading: Future, say: Callable[[object], None], question: str, given:
         else:
             say(model.about if question == "about" else getattr(model, question)(*given, **named))
         say(None)
-    except Exception as error:
+    except BaseException as error:  # an exit that a library asks for, too: somebody waits
         say(as_told(error))
 
 
-def as_told(error: Exception) -> Exception:
+def as_told(error: BaseException) -> Exception:
     """An error as the page's process can read it, which lacks the libraries that errors may belong to."""
     if sentence := sentence_of(error):
         return InputError(sentence)
