@@ -113,7 +113,7 @@ def _with_architecture(preset: str, architecture: str, model: dict | None = None
 
 
 _with_architecture("classroom", "kosmos", {"tokenizer.standardize": True}, {"gate_opening": 0.0, "steps": 1080})
-# BLIP told three things apart with one seed of two after 720 steps, and with two of three after 1,080.
+# BLIP reads what it sees later than Flamingo does: assets/classroom/EXPERIMENTS.md.
 _with_architecture("classroom", "blip", {
     "qformer.depth": 4, "qformer.width": 192, "qformer.heads": 6, "qformer.ff_mult": 2, "qformer.num_latents": 16,
     "qformer.dropout": 0.0,
