@@ -114,14 +114,14 @@ def finish(args: argparse.Namespace, result: dict, draw: Callable[[dict, Path], 
         print(f"drew {args.figure}")
 
 
-def draw_bars(path: Path, rows: Sequence[tuple[str, float, float]], unit: str, title: str) -> None:
-    """A pair of bars for each (name, ours, peer's), with how many times they differ. White ground on any page."""
+def draw_bars(path: Path, rows: Sequence[tuple[str, float, float]], unit: str, title: str, times: bool = True) -> None:
+    """A pair of bars for each (name, ours, peer's); times: and how many times they differ. White ground on any page."""
     figure, axes = plt.subplots(figsize=(8, 0.8 + 0.75 * len(rows)))
     for y, (_, own, theirs) in enumerate(rows):
         for value, offset, name in ((own, -0.2, "ours"), (theirs, 0.2, "OpenFlamingo")):
             axes.barh(y + offset, value, height=0.36, color=COLORS[name], label=name if y == 0 else None)
             axes.text(value, y + offset, f" {value:.3g}", va="center", fontsize=8)
-        factor = f"{max(own, theirs) / min(own, theirs):.1f} ×" if min(own, theirs) > 0 else ""
+        factor = f"{max(own, theirs) / min(own, theirs):.1f} ×" if times and min(own, theirs) > 0 else ""
         axes.text(0.99, y, factor, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=11)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.invert_yaxis()

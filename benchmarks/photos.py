@@ -204,7 +204,8 @@ def main(argv: list[str]) -> None:
 def draw(result: dict, path: Path) -> None:
     ours, theirs = (result["sides"][name]["scores"] for name in ("ours", "OpenFlamingo"))
     rows = [(metric, ours[metric]["value"], theirs[metric]["value"]) for metric in METRICS]
-    common.draw_bars(path, rows, "score on the test pictures", f"Photographs, {result['minutes']:g} minutes each")
+    common.draw_bars(path, rows, "score on the test pictures", f"Photographs, {result['minutes']:g} minutes each",
+                     times=False)  # fmt: skip
 
 
 if __name__ == "__main__":
