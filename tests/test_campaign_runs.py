@@ -844,7 +844,8 @@ def test_what_ctrl_c_says_where_a_run_is(written, word, tmp_path):
 def test_a_polite_kill_and_a_closed_terminal_are_heard_like_ctrl_c(name, tmp_path):
     command = [sys.executable, "-c", STOPPED, tmp_path / "run", METRICS, RESUME_POINT]
     environment = os.environ | {"STOP": name}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, **HEARS_CTRL_C)
+    heard = {"preexec_fn": lambda: signal.signal(getattr(signal, name), signal.SIG_DFL)}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, **heard)
     assert result.returncode == 128 + getattr(signal, name)
     assert (
         result.stderr

@@ -1,5 +1,6 @@
 """The page and its model are two processes: what one asks of the other, and what becomes of one that is left alone."""
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -10,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flamingo.classroom.scenes import make_scene
@@ -49,6 +51,17 @@ def test_the_page_imports_no_pytorch():
     assert "gradio" in modules and not modules & {"torch", "transformers", "torchvision", "open_clip"}
 
 
+def alike(a, b) -> bool:
+    """The same, but for the rounding of numbers: another process may add with other threads."""
+    if isinstance(a, float):
+        return a == pytest.approx(b, abs=1e-5)
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and alike(dataclasses.astuple(a), dataclasses.astuple(b))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b
+
+
 def test_another_process_answers_as_this_one_would(remote, here):
     closed = [(0.0, 0.0)] * len(here.about.trained)
     asked = {
@@ -66,9 +79,11 @@ def test_another_process_answers_as_this_one_would(remote, here):
             there, own = list(there), list(own)
             assert len(there) > 8 and there[-1] == SAID
         if isinstance(own, Look):
-            assert (there.words, there.word, there.picture.tobytes()) == (own.words, own.word, own.picture.tobytes())
+            assert (there.words, there.word) == (own.words, own.word)
+            lit, as_here = (np.asarray(look.picture, dtype=float) for look in (there, own))
+            assert lit.shape == as_here.shape and np.abs(lit - as_here).max() <= 2  # of 255
         else:
-            assert there == own
+            assert alike(there, own), question
 
 
 def test_a_caption_comes_token_by_token(remote):
