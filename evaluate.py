@@ -143,9 +143,7 @@ def evaluate(args: argparse.Namespace) -> None:
         must_fit(args.n * SCENE, f"--n {args.n:,}", "ask for fewer")
         test_set = classroom_test_set(args.split, args.n, args.seed)
     else:
-        support = (
-            SUPPORT if args.consensus else None
-        )  # what can be expected is learned from all of them, however small n is
+        support = SUPPORT if args.consensus else None  # a regression needs as many as there are, however small n is
         test_set = captioned_test_set(options, args.split, args.n, args.seed, columns, support)
     predictor = Predictor(model, processor, dtype, Decoding(args.beams, args.candidates, args.consensus), args.seed)
     check_decoding(model, predictor.autocast)

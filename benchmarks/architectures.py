@@ -26,7 +26,7 @@ from flamingo.files import read_json
 from flamingo.interop import compat
 from flamingo.interop.backbones import Built, build_flamingo
 from flamingo.presets import model_config
-from flamingo.run_folder import SUMMARY
+from flamingo.run_folder import SUMMARY, read_summary
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.loop import count_parameters
 
@@ -44,10 +44,11 @@ def run_one(name: str, seed: int, folder: Path, options: list[str], exam: list[s
     fails, or the folder holds a run of other options."""
     order = ["--preset", NAMES[name], "--seed", str(seed), "--out", str(folder), *options]
     if (folder / SUMMARY).exists():
-        wanted, trained = dataclasses.asdict(parse_training_options(order)), read_json(folder / SUMMARY)["options"]
-        others = [option for option in wanted.keys() - {"out"} if wanted[option] != trained.get(option)]
+        wanted, (_, trained) = parse_training_options(order), read_summary(folder)
+        names = [field.name for field in dataclasses.fields(wanted) if field.name != "out"]
+        others = [name for name in names if getattr(wanted, name) != getattr(trained, name)]
         if others:
-            raise InputError(f"{folder} was trained with another {sorted(others)[0]}: take it away, or choose --out")
+            raise InputError(f"{folder} was trained with another {others[0]}: take it away, or choose --out")
     else:
         common.run_script("train.py", *order)
     if not (folder / "evaluation.json").exists():

@@ -55,7 +55,7 @@ def test_what_is_often_said_is_not_the_worse_for_it():
     support = [Item(Image.new("RGB", (8, 8)), "", captions, "1") for captions in texts]
     cats = torch.tensor([[1.0, 0.1 * (i % 3)] for i in range(21)])
     judges = Judges(support, normalize(torch.cat([cats, cats[:20].flip(1)]), dim=-1))
-    assert judges.best(normalize(torch.tensor([1.0, 0.1]), dim=0), 1) == ["a cat"]
+    assert judges.best(judges.weights(normalize(torch.tensor([1.0, 0.1]), dim=0)), 1) == ["a cat"]
 
 
 def test_a_channel_that_never_changes_does_not_drown_the_others():
@@ -84,11 +84,13 @@ def test_weights_are_those_of_a_ridge_regression(judges):
 
 
 def test_the_best_captions_are_those_of_which_most_is_expected(judges):
-    best = judges.best(DOG, 4)
-    expected = judges.expected(judges.weights(DOG), best)
+    weights = judges.weights(DOG)
+    best = judges.best(weights, 4)
+    expected = judges.expected(weights, best)
     assert sorted(best) == sorted([*DOGS[0], *DOGS[1]]) and sorted(expected, reverse=True) == expected.tolist()
-    assert judges.best(DOG, 1) == best[:1] and len(judges.best(DOG, 100)) == 7  # all there are
-    assert Judges(SUPPORT[:1], VECTORS[:1]).best(DOG, 2) == DOGS[0]  # a set of one picture
+    assert judges.best(weights, 1) == best[:1] and len(judges.best(weights, 100)) == 7  # all there are
+    alone = Judges(SUPPORT[:1], VECTORS[:1])
+    assert alone.best(alone.weights(DOG), 2) == DOGS[0]  # a set of one picture
 
 
 @pytest.mark.parametrize("unlikely, chosen", [

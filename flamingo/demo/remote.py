@@ -123,7 +123,9 @@ def answer_questions(pipe: Connection, run: Path, device: str) -> None:
 
     The main thread only listens, to notice at any moment that the page has gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the page, and with it this process
+    # Ctrl-C ends the page, and with it this process. (Where another thread than the main one started it, it can only be
+    # told to be deaf here.)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     loading = ThreadPoolExecutor(1).submit(load, run, device)
     sending = threading.Lock()
 

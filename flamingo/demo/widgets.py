@@ -16,7 +16,6 @@ from PIL import Image
 
 from flamingo.classroom.scenes import CUES, Scene
 from flamingo.demo.model import DemoModel
-from flamingo.evaluation.attention import View
 from flamingo.figures.heat_map import heat_map
 
 PROMPT = CUES["sentence"]
@@ -102,8 +101,8 @@ def attention_view(demo: DemoModel, scene: Scene) -> None:
     shown = widgets.Image(width=240)
 
     def update(*_) -> None:
-        looks = demo.looks(picture, PROMPT, caption, View(layer.value, head.value))
-        shown.value = png(heat_map(picture, looks[word.value], scene))
+        look = demo.look(picture, PROMPT, caption, word.value, scene=scene, layer=layer.value, head=head.value)
+        shown.value = png(look.picture)
 
     for control in (word, layer, head):
         control.observe(update, "value")

@@ -18,6 +18,7 @@ The constants were chosen on pictures held out of a training set (assets/photos/
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -72,9 +73,9 @@ class Judges:
         """The CIDEr-D expected of each candidate beside the picture that has these weights, (K,)."""
         return np.array([self.captions.cider_d(text) @ weights for text in candidates])
 
-    def best(self, vector: Tensor, count: int) -> list[str]:
-        """The training captions of which most is expected, the first of equals first."""
-        order = np.argsort(-(self.worth @ self.weights(vector)), kind="stable")
+    def best(self, weights: np.ndarray, count: int) -> list[str]:
+        """The training captions of which most is expected beside that picture, the first of equals first."""
+        order = np.argsort(-(self.worth @ weights), kind="stable")
         return [self.texts[k] for k in order[:count]]
 
 
@@ -85,13 +86,15 @@ class CaptionIndex:
         self.flat = [text for own in texts for text in own]  # (C,)
         self.picture = np.repeat(np.arange(len(texts)), list(map(len, texts)))  # (C,) whose caption it is
         self.pictures = len(texts)
-        words = [tuple(ptb_tokens(text)) for text in self.flat]
+        words = [[ptb_tokens(text) for text in own] for own in texts]
+        self.cider = Cider(words)
         self.places = defaultdict(list)  # a caption's words → where it stands
         holders, values = defaultdict(list), defaultdict(list)  # n-gram → the captions that have it, its weight there
-        self.cider = Cider([[ptb_tokens(text) for text in own] for own in texts])
-        weighed = [self.cider.weigh(one) for one in words]
-        for place, (one, found) in enumerate(zip(words, weighed, strict=True)):
-            self.places[one].append(place)
+        weighed = []
+        for place, one in enumerate(chain.from_iterable(words)):
+            found = self.cider.weigh(one)
+            weighed.append(found)
+            self.places[tuple(one)].append(place)
             for grams in found.grams:
                 for gram, weight in grams.items():
                     holders[gram].append(place)
@@ -106,7 +109,8 @@ class CaptionIndex:
         If it is a caption of one of the pictures alone, it is no judge of itself there. Where nothing is left to
         compare with, the picture says nothing: it gets the mean of all others.
         """
-        own = self.cider.weigh(ptb_tokens(text))
+        words = ptb_tokens(text)
+        own = self.cider.weigh(words)
         alike = np.zeros((len(self.flat), ORDERS))
         for order, grams in enumerate(own.grams):
             for gram, weight in grams.items():
@@ -117,7 +121,7 @@ class CaptionIndex:
         cosines = np.divide(alike, norms, out=np.zeros_like(alike), where=norms > 0).mean(axis=1)
         scores = 10 * cosines * self.cider.forgiven(own.words, self.lengths)
         compared = np.ones(len(self.flat))
-        same = self.places.get(tuple(ptb_tokens(text)), [])
+        same = self.places.get(tuple(words), [])
         if len(set(self.picture[same])) == 1:
             compared[same] = 0
         counts = np.bincount(self.picture, compared, minlength=self.pictures)
@@ -137,10 +141,10 @@ def choose_captions(
     drawn = predictor.draw(texts, DRAWN, TEMPERATURE, f"{title}: drawing candidates")
     chosen = []
     for i in tqdm(range(len(rows)), desc=f"{title}: choosing", leave=False):
-        vector = predictor.pooled[rows[i]]
-        candidates = list(dict.fromkeys([likeliest[i], *drawn[i], *judges.best(vector, GIVEN)]))
+        weights = judges.weights(predictor.pooled[rows[i]])
+        candidates = list(dict.fromkeys([likeliest[i], *drawn[i], *judges.best(weights, GIVEN)]))
         likelihoods = predictor.choose([texts[i]], candidates, None)[0].numpy()  # (K,)
         words = np.array([max(1, len(ptb_tokens(text))) for text in candidates])
-        scores = judges.expected(judges.weights(vector), candidates) + LIKELIHOOD * likelihoods / words
+        scores = judges.expected(weights, candidates) + LIKELIHOOD * likelihoods / words
         chosen.append(candidates[int(scores.argmax())])
     return chosen

@@ -64,7 +64,9 @@ def answer_all(
         found = neighbours.captions_of_neighbours(
             predictor.pooled[rows], predictor.pooled[support_rows], test_set.support
         )
-        return found | ({"consensus": [judges.best(predictor.pooled[row], 1)[0] for row in rows]} if judges else {})
+        if judges:
+            found["consensus"] = [judges.best(judges.weights(vector), 1)[0] for vector in predictor.pooled[rows]]
+        return found
 
     alike = {} if test_set.classroom else parts.keep("neighbours", of_neighbours)
     return alike | {
