@@ -87,6 +87,23 @@ def test_the_frozen_encoder_is_bf16_throughout_when_it_is_held_so(texts, picture
     torch.testing.assert_close(low.float(), exact, atol=0.1, rtol=0.05)
 
 
+def test_what_stays_in_float32_does_not_hold_the_file_it_was_read_from(texts):
+    """One view of a mapped file keeps all of it in memory: half a gigabyte of a language model that is bfloat16 by now."""
+    model = tiny_flamingo()
+    for parameter in model.lang_encoder.parameters():  # as if each were read from one file
+        if not parameter.requires_grad:
+            file = torch.zeros(parameter.numel() + 1000)
+            parameter.data = file[1000:].view_as(parameter).copy_(parameter.data)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(texts, blind=True).logits
+        cast_frozen_to_bf16(model)
+        after = model(texts, blind=True).logits
+    assert torch.equal(after, before)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+
+
 def test_plain_attention_computes_the_same(texts, pictures):
     expected, gradients = loss_and_gradients(tiny_flamingo(), texts, pictures)
     flash = torch.backends.cuda.flash_sdp_enabled()

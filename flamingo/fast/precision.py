@@ -37,6 +37,9 @@ def cast_frozen_to_bf16(model: VisionLanguageModel, *, trained: bool = False) ->
         if is_matrix and (trained or not weight.requires_grad):
             # A new parameter, for the head's matrix may also be the token embeddings, which nothing converts.
             module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=weight.requires_grad)
+    for parameter in model.parameters():  # of what stays, each is a view of the file it was read from: as long as one
+        if not parameter.requires_grad and parameter.dtype == torch.float32:  # is, all of the file stays in memory
+            parameter.data = parameter.data.clone()
 
 
 def bf16_is_faster(model: VisionLanguageModel, inputs: dict, device: torch.device) -> bool:
