@@ -44,11 +44,13 @@ def main(options: TrainingOptions, folder: Path) -> None:
     device.tune(place)
     model, processor, config = build_flamingo(model_config(options), max_tokens=options.max_tokens)
     model.to(place).train()
+    model.where_weight = options.where_weight
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
     train_set, validation_set = sources.training_sets(options)
     distributed.check(options, (train_set, validation_set))
-    collate = Collate(processor, options.max_tokens, layout=not options.plain)
+    asks_where = options.where_weight > 0 and len(model.cross_attention_blocks()) > 0
+    collate = Collate(processor, options.max_tokens, layout=not options.plain, places=asks_where)
     sources.check_targets(train_set, validation_set, collate)
     train_examples, validation_examples = (
         with_cached_features(examples, model.vision_encoder, options.cache, device=place, workers=options.workers)
@@ -67,6 +69,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     count, done = options.steps * options.accumulate, first_step * options.accumulate
     stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))
+    reopening = sources.first_lookup(train_set, options)  # a step
     shown = validation_items(validation_set, options.seed)
     if not options.plain:
         enable.enable(model)  # the same numbers, sooner
@@ -87,7 +90,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     # ------------------------------------------------------------------------------------------------- loop
     bar = tqdm(range(first_step, options.steps), initial=first_step, total=options.steps, desc="train", unit="step")
     for step in bar:
-        optimizer.set_learning_rate(adamw, step, options)
+        optimizer.set_learning_rate(adamw, step, options, reopening)
         group = [loop.some_patches(next(stream), step, options) for _ in range(options.accumulate)]
         loop.seed_dropout(step, options)
         targets, captions = ranks.total(sum(b.targets for b in group), sum(len(b.input_ids) for b in group))
@@ -104,7 +107,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
         loss = loop.finite_loss(step, loss, norm, train_set, points, log.left_out)
         if loss is not None:  # else the step is left out
             adamw.step()
-            optimizer.open_gates(model, step, options)
+            optimizer.open_gates(model, step, options, reopening)
         adamw.zero_grad(set_to_none=True)
 
         log.step(step, loss, int(captions), adamw, bar)

@@ -369,6 +369,15 @@ class TrainingOptions:
         0.0,
         "open the attention gates to this value over the warmup, whatever their gradient (0: they learn from 0)",
     )
+    gate_reopening: float = option(
+        0.0,
+        "open the first attention gate to this value again when a curriculum comes to what is looked up in examples "
+        "(classroom); from then on the gates learn at --lr",
+    )
+    where_weight: float = option(
+        0.0,
+        "weight of a loss on the first look alone, which is asked where things stand (classroom only)",
+    )
     weight_decay: float = option(0.05, "weight decay of the matrices; nothing else decays")
     warmup_steps: int = option(30, "optimizer steps of linear warmup, before the cosine")
     clip_norm: float = option(1.0, "largest norm of the gradient")

@@ -32,7 +32,7 @@ RANGES = {
     "clip_norm": (POSITIVE, 1e30),
     "max_tokens": (1, 10**6), "eval_every": (1, 10**9), "save_every": (1, 10**9), "eval_batches": (1, 10**9),
     "workers": (0, 512), "captions_per_picture": (1, 10**6), "gate_opening": (0.0, 0.999),
-    "skip_bad_steps": (0, 10**9),
+    "gate_reopening": (0.0, 0.999), "where_weight": (0.0, 1e6), "skip_bad_steps": (0, 10**9),
     "patience": (0, 10**9), "patches": (POSITIVE, 1.0),
     # a step and a validation in metrics.jsonl: losses may be anything finite
     "step": (0, 10**9), "loss": (-1e30, 1e30), "val_loss": (-1e30, 1e30), "val_loss_blind": (-1e30, 1e30),

@@ -35,8 +35,8 @@ PRESETS = {
             "fusion.every": 3,  # of four layers the first and the last: assets/classroom/EXPERIMENTS.md
         },
         "training": {
-            "steps": 720, "batch_size": 32, "lr": 2e-3, "gate_opening": 0.3, "max_tokens": 192, "eval_every": 120,
-            "eval_batches": 4,
+            "steps": 840, "batch_size": 32, "lr": 2e-3, "gate_opening": 0.3, "gate_reopening": 0.2,
+            "where_weight": 0.25, "max_tokens": 192, "eval_every": 120, "eval_batches": 4,
         },
     },
     # With 500 photographs a map from patches to words, and a LoRA, learn more than cross-attention does, whose fresh
@@ -112,14 +112,15 @@ def _with_architecture(preset: str, architecture: str, model: dict | None = None
     }  # fmt: skip
 
 
-_with_architecture("classroom", "kosmos", {"tokenizer.standardize": True}, {"gate_opening": 0.0, "steps": 1080})
+_NO_LOOKS = {"gate_opening": 0.0, "gate_reopening": 0.0, "where_weight": 0.0}  # where there is no cross-attention
+_with_architecture("classroom", "kosmos", {"tokenizer.standardize": True}, _NO_LOOKS | {"steps": 1080})
 # BLIP reads what it sees later than Flamingo does: assets/classroom/EXPERIMENTS.md.
 _with_architecture("classroom", "blip", {
     "qformer.depth": 4, "qformer.width": 192, "qformer.heads": 6, "qformer.ff_mult": 2, "qformer.num_latents": 16,
     "qformer.dropout": 0.0,
-}, {"gate_opening": 0.0, "steps": 1080})  # fmt: skip
-_with_architecture("classroom", "llava", training={"gate_opening": 0.0})
-_with_architecture("classroom", "llava-lora", training={"gate_opening": 0.0, "lm_lr": 1e-3})
+}, _NO_LOOKS | {"steps": 1080})  # fmt: skip
+_with_architecture("classroom", "llava", training=_NO_LOOKS | {"steps": 720})
+_with_architecture("classroom", "llava-lora", training=_NO_LOOKS | {"steps": 720, "lm_lr": 1e-3})
 for _architecture in ARCHITECTURES:
     _with_architecture("opt-125m", _architecture, training={"lm_lr": 2e-4 if "lora" in _architecture else 2e-5})
 
@@ -163,5 +164,20 @@ def training_options(values: dict, flag: Callable[[str], str] = str) -> Training
     options.cache = "off" if options.cache.lower() == "off" else options.cache
     reads = options.steps * options.accumulate * options.batch_size
     in_range(" times ".join(map(flag, ("steps", "accumulate", "batch_size"))), reads, 1, 10**15)
-    model_config(options)
+    _must_be_read(options, flag)
     return options
+
+
+def _must_be_read(options: TrainingOptions, flag: Callable[[str], str]) -> None:
+    """Raises InputError for an option of the first cross-attention that was given where it changes nothing."""
+    fusion = model_config(options).fusion_type
+    for name in ("gate_reopening", "where_weight"):
+        value = getattr(options, name)
+        if not value or value == PRESETS[options.preset]["training"].get(name):
+            continue
+        if fusion == "language-stream":
+            raise InputError(f"{flag(name)} is about the first cross-attention, and a {fusion} has none")
+        if options.data is not None or not options.preset.startswith("classroom"):
+            raise InputError(
+                f"{flag(name)} is for the classroom's own scenes: only of these is known where things stand"
+            )

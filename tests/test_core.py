@@ -278,6 +278,73 @@ def test_only_matrices_decay_and_gates_have_their_own_rate(model):
             assert group["weight_decay"] == (0.0 if kept else 0.1), name
 
 
+def test_the_first_gate_is_opened_again_when_lookups_begin_and_the_gates_learn_slowly_from_then_on(model):
+    from flamingo.config import TrainingOptions
+    from flamingo.training.optimizer import REOPENING, make_optimizer, open_gates, set_learning_rate
+
+    options = TrainingOptions(steps=100, lr=1e-3, gate_lr=0.03, warmup_steps=4, gate_opening=0.3, gate_reopening=0.2)
+    adamw = make_optimizer(model, options)
+
+    def attention_gates_at(step):
+        open_gates(model, step, options, reopening=40)
+        return [pytest.approx(gate, abs=1e-6) for gate, _ in model.gates()]
+
+    def gate_rate_at(step, reopening):
+        set_learning_rate(adamw, step, options, reopening)
+        rates = {group["lr"] for group in adamw.param_groups}
+        return max(rates) / min(rates)
+
+    first, *others = attention_gates_at(3)
+    assert first == 0.3 and set(map(lambda gate: gate == 0.3, others)) == {True}
+    for block in model.cross_attention_blocks():
+        block.attn_gate.data.zero_()
+    assert attention_gates_at(39)[0] == 0
+    assert attention_gates_at(40)[0] == 0.2 / REOPENING
+    first, *others = attention_gates_at(39 + REOPENING)
+    assert first == 0.2 and all(gate == 0 for gate in others)
+    model.cross_attention_blocks()[0].attn_gate.data.zero_()
+    assert attention_gates_at(40 + REOPENING)[0] == 0
+    assert gate_rate_at(39, 40) == pytest.approx(30) and gate_rate_at(40, 40) == pytest.approx(1)
+    assert gate_rate_at(40, None) == pytest.approx(30)  # a set without a curriculum
+
+
+def test_the_first_look_alone_is_asked_where_things_stand(model, texts, pictures):
+    """A loss of its own, in training only; it reaches the first look and what it looks at, and nothing behind them."""
+    places = torch.tensor([[0, 5, 6], [1, 7, 8]])
+    model.train().where_weight = 0.5
+    pixels = {"pixel_values": pictures.flatten(0, 1), "image_index": torch.arange(4).view(2, 2)}
+    labels = torch.full_like(texts, -100)  # no other loss
+    model(texts, labels=labels, places=places, **pixels).loss.backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    first = "lang_encoder.model.decoder.layers.0.gated_cross_attn_layer.attn."
+    assert {first + f"{part}.weight" for part in ("to_q", "to_kv", "to_out")} <= reached
+    assert all(name.startswith((first, "perceiver.")) for name in reached)
+    labels = texts.clone()
+    torch.manual_seed(0)
+    asked = model(texts, labels=labels, places=places, **pixels).loss
+    model.where_weight = 0.0
+    assert asked > model(texts, labels=labels, places=places, **pixels).loss
+    model.eval().where_weight = 0.5
+    close(model(texts, labels=labels, places=places, **pixels).loss, model(texts, labels=labels, **pixels).loss)
+
+
+def test_asked_where_things_stand_the_first_look_learns_it(model):
+    from flamingo.model.where import where_loss
+
+    torch.manual_seed(0)
+    latents = torch.randn(8, 3, model.vision_tokenizer.dim)
+    places = torch.tensor([[picture, 5 + picture % 2, 7 + picture % 3] for picture in range(8)])
+    look = model.cross_attention_blocks()[0].attn
+    adamw = torch.optim.AdamW(look.parameters(), lr=0.01)
+    losses = []
+    for _ in range(150):
+        losses.append(where_loss(model.lang_encoder, look, latents, places))
+        losses[-1].backward()
+        adamw.step()
+        adamw.zero_grad()
+    assert losses[-1] < 0.2 * losses[0]
+
+
 def test_loss_is_that_of_the_labelled_tokens_only(model, texts, pictures):
     labels = torch.full_like(texts, -100)
     labels[0, 3], labels[1, 8] = texts[0, 3], texts[1, 8]

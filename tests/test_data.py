@@ -13,12 +13,14 @@ from flamingo.classroom import scenes
 from flamingo.classroom.examples import ClassroomScenes
 from flamingo.classroom.invented import invented_names, is_held_out
 from flamingo.config import TrainingOptions
-from flamingo.data.batches import StepSampler, caption_labels
+from flamingo.data.batches import Collate, StepSampler, caption_labels
 from flamingo.data.captions import load_captions
 from flamingo.data.chunks import Chunk
 from flamingo.data.pictures import to_rgb
+from flamingo.data.processor import FlamingoProcessor
 from flamingo.data.texts import parse_interleaved
 from flamingo.errors import InputError
+from flamingo.files import asset
 from flamingo.training.sources import training_sets
 
 
@@ -219,6 +221,42 @@ def test_a_run_of_any_length_leaves_the_curriculum(steps):
         chunk.prompt for i in range(sum(train.curriculum), sum(train.curriculum) + 60) for chunk in train[i].texts[0]
     }
     assert {"In a sentence:", "As a story:"} <= prompts
+
+
+def test_scenes_say_where_their_things_stand_once_there_is_something_to_look_up():
+    processor = FlamingoProcessor.from_pretrained(asset("classroom/flamingo"))
+    lessons = ClassroomScenes("train", curriculum=(10, 10))
+    assert not any(lessons[i].places for i in range(20))
+    later = [lessons[i] for i in range(20, 60)]
+    collate = Collate(processor, 192, places=True)
+    batch = collate(later)
+    assert batch.places.shape == (sum(len(example.places) for example in later), 3)
+    ids = lambda word: processor.tokenizer(f" {word}", add_special_tokens=False).input_ids  # noqa: E731
+    first = 0
+    expected = []
+    for example in later:
+        for picture, thing, place in example.places:
+            expected.append([first + picture, ids(thing)[-1], ids(place)[-1]])
+        first += len(example.pictures)
+    assert batch.places.tolist() == expected and batch.places[:, 0].max() < len(batch.pixel_values)
+    assert {place for example in later for _, _, place in example.places} == {
+        "left", "middle", "right", "above", "below",
+    }  # fmt: skip
+    assert batch.first(3).places is None and Collate(processor, 192)(later).places is None
+
+
+def test_what_one_word_says_of_a_scene_is_where_the_scene_says_it_stands():
+    scene = scene_of("three", "cat", "dog", "apple")
+    assert scene.places() == [("cat", "left"), ("dog", "middle"), ("apple", "right")]
+    assert scene.by_rule("left") == "cat" and scene.by_rule("right") == "apple"
+    assert scene_of("one", "cat").places() == scene_of("count", "cat", "cat").places() == []
+
+
+def test_examples_of_one_word_are_batched_by_themselves():
+    train = ClassroomScenes("train", size=4000)
+    sampler = StepSampler(train.length, len(train), batch_size=32, steps=100, seed=0)
+    shares = [sum(train.texts(i)[0][0].prompt == "In a word:" for i in batch) / 32 for batch in sampler]
+    assert sum(share == 1 for share in shares) >= 5 and sum(0 < share < 1 for share in shares) <= 4
 
 
 def test_curriculum_come_first_once():

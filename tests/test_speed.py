@@ -88,7 +88,7 @@ def test_the_frozen_encoder_is_bf16_throughout_when_it_is_held_so(texts, picture
 
 
 def test_what_stays_in_float32_does_not_hold_the_file_it_was_read_from(texts):
-    """One view of a mapped file keeps all of it in memory: half a gigabyte of a language model that is bfloat16 by now."""
+    """One view of a mapped file keeps all of it in memory, half a gigabyte of a language model that is bfloat16 now."""
     model = tiny_flamingo()
     for parameter in model.lang_encoder.parameters():  # as if each were read from one file
         if not parameter.requires_grad:

@@ -11,6 +11,7 @@ from flamingo.data.batches import Example
 from flamingo.data.chunks import Chunk
 
 CURRICULUM_STYLES = ("list", "telegram")  # of the curriculum
+ONE_WORD_LENGTH = 10  # more than any document has pictures
 
 
 class ClassroomScenes(Dataset):
@@ -24,15 +25,15 @@ class ClassroomScenes(Dataset):
     elsewhere. Its second part has everything but the two kinds that are looked up in other pictures (below): until the
     model knows what it sees, there is nothing to look up, and these examples only disturb.
 
-    After it there are four kinds. Most are one scene, with captions (nearly always with the cue of their style) or
-    questions about one fact. Some are documents: 2 to 9 scenes captioned in one style, which mostly nothing shows but
-    the first captions themselves. Some give things invented names and need them again (`naming`), and some answer every
-    picture with one word, by a rule that only the pictures show (`one_word`): both can only be looked up in the
-    examples, picture by picture.
+    After it there are four kinds, and scenes that say where their things stand (`Example.places`). Most are one scene,
+    with captions (nearly always with the cue of their style) or questions about one fact. Some are documents: 2 to 9
+    scenes captioned in one style, which mostly nothing shows but the first captions themselves. Some give things
+    invented names and need them again (`naming`), and some answer every picture with one word, by a rule that only the
+    pictures show (`one_word`): both can only be looked up in the examples, picture by picture.
     """
 
     LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
-    DOCUMENTS, NAMINGS, RULES = 0.25, 0.2, 0.05  # shares of the examples
+    DOCUMENTS, NAMINGS, RULES = 0.25, 0.2, 0.1  # shares of the examples
     DOCUMENT_LENGTHS = (2, 3, 4, 9)  # scenes; drawn from: as many as an evaluation shows at most
     QUESTIONS = 0.2  # share of the texts, of documents too
 
@@ -46,12 +47,15 @@ class ClassroomScenes(Dataset):
 
     def length(self, index: int) -> int:
         """Pictures of its texts: documents are batched apart, but all styles and layouts share a batch. (Batches of
-        equally many tokens would each be of one layout and one style, and pull the weights to and fro.)"""
-        return len(self._plan(index)[0])
+        equally many tokens would each be of one layout and one style, and pull the weights to and fro.) Examples of one
+        word are batched by themselves, for beside whole captions their few tokens would hardly count."""
+        drawn, texts = self._plan(index)
+        return ONE_WORD_LENGTH if texts[0][0].prompt == scenes.ONE_WORD else len(drawn)
 
     def __getitem__(self, index: int) -> Example:
         drawn, texts = self._plan(index)
-        return Example([scene.draw() for scene in drawn], texts)
+        places = [(k, *pair) for k, scene in enumerate(drawn) for pair in scene.places()]
+        return Example([scene.draw() for scene in drawn], texts, places=places if index >= sum(self.curriculum) else ())
 
     def texts(self, index: int) -> list[list[Chunk]]:
         """The texts of an example, without its pictures."""
@@ -116,7 +120,7 @@ def rule_chunk(picture: int, scene: scenes.Scene, rule: str) -> Chunk:
 
 def one_word(rng: random.Random, seed: int, split: str) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
     """Three to nine scenes, each answered by one word, all by one rule: which, only the examples' pictures show."""
-    rule = rng.choice(scenes.RULES)
+    rule = rng.choice((*scenes.RULES, "left", "right"))  # twice as often as the two that the words alone tell
     layouts = rng.choices(scenes.RULE_LAYOUTS, k=rng.choice((3, 4, 5, 6, 9)))
     drawn = [scenes.make_scene(seed, split, rng.randrange(2**40), layout=layout) for layout in layouts]
     return drawn, [[rule_chunk(k, scene, rule) for k, scene in enumerate(drawn)]]

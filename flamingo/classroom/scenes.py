@@ -140,6 +140,10 @@ class Scene:
             asked.append((f"what is {after} the {names[0]}?", with_article(names[1])))
         return asked
 
+    def places(self) -> list[tuple[str, str]]:
+        """Where its things stand, of a scene in which they stand apart: `[("cat", "left"), ("dog", "right")]`."""
+        return list(zip(self.names, _TELEGRAM.get(self.layout, ()), strict=False))
+
     def by_rule(self, rule: str) -> str:
         """The one word about a scene of RULE_LAYOUTS: the thing on the left or right, the ground, or how many."""
         words = {"left": self.names[0], "right": self.names[-1], "ground": self.ground,

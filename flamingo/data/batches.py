@@ -26,11 +26,13 @@ class Example:
 
     Five captions of a picture are one picture and five texts of one chunk; an interleaved document is several
     pictures and one text of several chunks. `features` (pictures, F, v, d) may stand in for the pictures.
+    `places`: what is known of where things stand, (picture, thing, place), each a word (model/where.py).
     """
 
     pictures: Sequence[Image.Image]
     texts: Sequence[Sequence[Chunk]]
     features: Tensor | None = None
+    places: Sequence[tuple[int, str, str]] = ()
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Batch:
     How texts point at it, one of both: image_index (B, T_img) rows of the bank, -1 for an empty slot; or
     texts_per_image, if the texts stand in the bank's order, so many to each picture.
     layout: where the real and the labelled tokens are, for flamingo/fast; None for the plain model.
+    places: (W, 3) where things stand in the pictures: row of the bank, token of a thing, token of its place.
     """
 
     input_ids: Tensor
@@ -52,6 +55,7 @@ class Batch:
     pixel_values: Tensor | None = None
     features: Tensor | None = None
     layout: TextLayout | None = None
+    places: Tensor | None = None
 
     def inputs(self) -> dict:
         """The keyword arguments of the model's `forward`."""
@@ -76,9 +80,10 @@ class Batch:
             pictures = int(self.image_index[:texts].max()) + 1
         is_bank = lambda name: name in ("pixel_values", "features")  # noqa: E731
         tensors = {name: value for name, value in self.inputs().items() if isinstance(value, Tensor)}
+        tensors.pop("places", None)
         cut = {name: value[: pictures if is_bank(name) else texts] for name, value in tensors.items()}
         layout = self.layout and TextLayout.of(cut["labels"], cut["attention_mask"])
-        return replace(self, **cut, layout=layout)
+        return replace(self, **cut, layout=layout, places=None)
 
     @property
     def targets(self) -> int:
@@ -110,23 +115,31 @@ class Collate:
     """Examples → Batch. Texts longer than `max_tokens` are cut.
 
     layout: work out for flamingo/fast where the real and the labelled tokens are. (The plain model has no use for it.)
+    places: say where things stand, for a model that is asked (model/where.py).
     """
 
-    def __init__(self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False):
-        self.processor, self.max_tokens, self.layout = processor, max_tokens, layout
+    def __init__(self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False, places: bool = False):
+        self.processor, self.max_tokens, self.layout, self.places = processor, max_tokens, layout, places
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        count, index_rows = 0, []  # count: pictures in the bank so far
+        count, index_rows, places = 0, [], []  # count: pictures in the bank so far
         for example in examples:
+            if self.places:
+                places += [(count + picture, *map(self._token_of, words)) for picture, *words in example.places]
             index_rows += [[count + c.picture for c in text if c.picture is not None] for text in example.texts]
             count += len(example.pictures) if example.features is None else len(example.features)
         texts, _ = self.tokens([text for example in examples for text in example.texts])
         texts["layout"] = TextLayout.of(texts["labels"], texts["attention_mask"]) if self.layout else None
         texts |= point_at_bank(index_rows, count)
+        texts["places"] = torch.tensor(places) if places else None
         if examples[0].features is not None:
             return Batch(features=torch.cat([example.features for example in examples]), **texts)
         pixels = self.processor.preprocess_images([picture for example in examples for picture in example.pictures])
         return Batch(pixel_values=pixels, **texts)
+
+    def _token_of(self, word: str) -> int:
+        """The last token of a word as it stands in a text."""
+        return self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1]
 
     def tokens(self, texts: Sequence[Sequence[Chunk]]) -> tuple[dict[str, Tensor], int]:
         """Texts → ({"input_ids", "attention_mask", "labels"} (B, T_txt), how many of them were cut)."""

@@ -165,6 +165,14 @@ DECODER_LAYERS = {
 }
 
 
+def position_table(lm: nn.Module) -> Tensor | None:
+    """The positions (P, D) that a language model adds to its token embeddings; None if it has others (rotary ones)."""
+    for name, module in lm.named_modules():
+        if name.rpartition(".")[2] in ("embed_positions", "wpe") and isinstance(module, nn.Embedding):
+            return module.weight
+    return None
+
+
 def find_decoder_layers(lm: nn.Module, attr_name: str | None = None) -> tuple[str, nn.ModuleList]:
     """The dotted name and the ModuleList of a causal language model's decoder layers.
 

@@ -8,6 +8,8 @@ from torch import nn
 from flamingo.config import TrainingOptions
 from flamingo.model.vlm import VisionLanguageModel
 
+REOPENING = 20  # steps
+
 
 def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torch.optim.AdamW:
     """AdamW over what trains and nothing else, in three groups, and more if the language model or its LoRA trains.
@@ -39,7 +41,7 @@ def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torc
     ]
     groups = [group for group in groups if group["params"]]
     for group in groups:
-        group["peak_lr"] = group["lr"]
+        group["peak_lr"], group["is_gates"] = group["lr"], group["params"] is gates
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
@@ -51,23 +53,30 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: TrainingOptions) -> None:
-    """Give each group its peak rate times `warmup_cosine`."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, options: TrainingOptions, reopening: int | None = None
+) -> None:
+    """Give each group its peak rate times `warmup_cosine`; the gates, once one was opened again, that of all else."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * warmup_cosine(step, options.steps, options.warmup_steps)
+        slow = group.get("is_gates") and options.gate_reopening and reopening is not None and step >= reopening
+        peak = min(group["peak_lr"], options.lr) if slow else group["peak_lr"]
+        group["lr"] = peak * warmup_cosine(step, options.steps, options.warmup_steps)
 
 
 @torch.no_grad()
-def open_gates(model: VisionLanguageModel, step: int, options: TrainingOptions) -> None:
+def open_gates(model: VisionLanguageModel, step: int, options: TrainingOptions, reopening: int | None = None) -> None:
     """In the warmup the attention gates stand where the schedule wants them, from 0 to `gate_opening`.
 
     At step 0 the model is the language model it was. But whether a layer ever looks is decided by its gate: while it
     is shut the block behind it gets no gradient, so the first layer whose gate happens to open learns everything and
     the others stay shut. Opened alike, all learn from the start; after the warmup the gates are trained as all else.
+
+    The first one soon shuts itself again: what it sees is of no use as long as nothing is looked up in examples. So
+    when that begins, at step `reopening`, it is opened once more, over REOPENING steps to `gate_reopening`.
     """
-    if step >= options.warmup_steps or not options.gate_opening:
-        return
-    value = math.atanh(options.gate_opening * (step + 1) / options.warmup_steps)
-    for name, parameter in model.named_parameters():
-        if name.endswith("attn_gate"):
-            parameter.fill_(value)
+    gates = [block.attn_gate for block in model.cross_attention_blocks()]
+    if options.gate_opening and step < options.warmup_steps:
+        for gate in gates:
+            gate.fill_(math.atanh(options.gate_opening * (step + 1) / options.warmup_steps))
+    elif options.gate_reopening and reopening is not None and reopening <= step < reopening + REOPENING:
+        gates[0].fill_(math.atanh(options.gate_reopening * (step - reopening + 1) / REOPENING))

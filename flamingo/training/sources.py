@@ -1,5 +1,6 @@
 """Which examples a run reads: the classroom's scenes, or any captioned set."""
 
+import math
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -41,6 +42,11 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset | Stream, Dataset]:
     splits = load_set(options)
     print(describe_splits(splits))
     return tuple(splits[name].with_few_captions(options.captions_per_picture) for name in ("train", "validation"))
+
+
+def first_lookup(examples: Dataset | Stream, options: TrainingOptions) -> int | None:
+    """The step at which a curriculum comes to what is looked up in examples; None if there is no curriculum."""
+    return math.ceil(sum(examples.curriculum) / (options.batch_size * options.accumulate)) or None
 
 
 def _must_not_write_into_the_data(options: TrainingOptions) -> None:

@@ -1,0 +1,39 @@
+"""A loss for the first look alone: a thing is named; where does it stand?
+
+What this file teaches: *deep supervision* (Lee et al. 2015, arXiv 1409.5185). Three pictures of two things each have
+one word each, always that of the thing on the left; the fourth picture should have it too. To get this right the look
+before the first layer has to find, at the word "dog", where in that picture the dog is, so that the layers behind it
+can carry "left" on to the last picture, and the last look can use it. The error of the fourth word does say so, but it
+comes back through all of these, each of which is of no use before the others work: in 720 steps none of it is learned.
+Asked by itself, the first look learns its part in 200, and the rest follows (assets/classroom/EXPERIMENTS.md).
+
+So, where the places of things are known (we drew them), each name is put before the first look alone, with nothing
+around it, and what the look adds is read as the language model's output would be: it should be the word of the place.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from flamingo.interop import compat
+from flamingo.model.cross_attention import MaskedCrossAttention
+
+
+def where_loss(lm, look: MaskedCrossAttention, latents: Tensor, places: Tensor) -> Tensor:
+    """Mean cross entropy of the places of W named things.
+
+    Args:
+        lm: the language model, of which words and places are tokens. look: its first cross-attention.
+        latents: (N, n, d) the bank. places: (W, 3) the row of a picture, the token of a thing in it, that of its place.
+    """
+    picture, thing, place = places.unbind(dim=1)  # (W,) each
+    words = lm.get_input_embeddings().weight  # (vocabulary, D)
+    x = words[thing]  # (W, D)
+    if (positions := compat.position_table(lm)) is not None:  # wherever the word may stand in a text
+        x = x + positions[torch.randint(len(positions), thing.shape, device=x.device)]
+    queries = rearrange(look.to_q(look.norm(x)), "W (h c) -> W h 1 c", h=look.heads)
+    keys, values = look.project_media(latents)  # (N, h, n, c) each
+    seen = F.scaled_dot_product_attention(queries, keys[picture], values[picture])
+    added = look.to_out(rearrange(seen, "W h 1 c -> W (h c)"))  # (W, D)
+    return F.cross_entropy(added.float() @ words.float().T, place)
