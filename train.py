@@ -35,7 +35,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     from flamingo.evaluation.first_look import validation_items
     from flamingo.fast import checkpointing, compiling, device, enable, precision
     from flamingo.interop.backbones import build_flamingo
-    from flamingo.training import best, distributed, finish, loop, optimizer, resume, sources
+    from flamingo.training import best, distributed, finish, loop, optimizer, resume, sources, where
     from flamingo.training.log import RunLog
 
     # ------------------------------------------------------------------------------------------------ build
@@ -44,13 +44,12 @@ def main(options: TrainingOptions, folder: Path) -> None:
     device.tune(place)
     model, processor, config = build_flamingo(model_config(options), max_tokens=options.max_tokens)
     model.to(place).train()
-    model.where_weight = options.where_weight
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
     train_set, validation_set = sources.training_sets(options)
     distributed.check(options, (train_set, validation_set))
-    asks_where = options.where_weight > 0 and len(model.cross_attention_blocks()) > 0
-    collate = Collate(processor, options.max_tokens, layout=not options.plain, places=asks_where)
+    asked = where.ask_where(model, options.where_weight)
+    collate = Collate(processor, options.max_tokens, layout=not options.plain, places=asked)
     sources.check_targets(train_set, validation_set, collate)
     train_examples, validation_examples = (
         with_cached_features(examples, model.vision_encoder, options.cache, device=place, workers=options.workers)

@@ -310,8 +310,10 @@ def test_the_first_gate_is_opened_again_when_lookups_begin_and_the_gates_learn_s
 
 def test_the_first_look_alone_is_asked_where_things_stand(model, texts, pictures):
     """A loss of its own, in training only; it reaches the first look and what it looks at, and nothing behind them."""
+    from flamingo.training.where import ask_where
+
     places = torch.tensor([[0, 5, 6], [1, 7, 8]])
-    model.train().where_weight = 0.5
+    assert not ask_where(model, 0.0) and ask_where(model.train(), 0.5)
     pixels = {"pixel_values": pictures.flatten(0, 1), "image_index": torch.arange(4).view(2, 2)}
     labels = torch.full_like(texts, -100)  # no other loss
     model(texts, labels=labels, places=places, **pixels).loss.backward()
@@ -326,10 +328,11 @@ def test_the_first_look_alone_is_asked_where_things_stand(model, texts, pictures
     assert asked > model(texts, labels=labels, places=places, **pixels).loss
     model.eval().where_weight = 0.5
     close(model(texts, labels=labels, places=places, **pixels).loss, model(texts, labels=labels, **pixels).loss)
+    assert model.images_seen is None  # keeps no graph alive
 
 
 def test_asked_where_things_stand_the_first_look_learns_it(model):
-    from flamingo.model.where import where_loss
+    from flamingo.training.where import where_loss
 
     torch.manual_seed(0)
     latents = torch.randn(8, 3, model.vision_tokenizer.dim)

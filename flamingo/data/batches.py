@@ -26,7 +26,7 @@ class Example:
 
     Five captions of a picture are one picture and five texts of one chunk; an interleaved document is several
     pictures and one text of several chunks. `features` (pictures, F, v, d) may stand in for the pictures.
-    `places`: what is known of where things stand, (picture, thing, place), each a word (model/where.py).
+    `places`: what is known of where things stand, (picture, thing, place), each a word (training/where.py).
     """
 
     pictures: Sequence[Image.Image]
@@ -115,7 +115,7 @@ class Collate:
     """Examples → Batch. Texts longer than `max_tokens` are cut.
 
     layout: work out for flamingo/fast where the real and the labelled tokens are. (The plain model has no use for it.)
-    places: say where things stand, for a model that is asked (model/where.py).
+    places: say where things stand, for a model that is asked (training/where.py).
     """
 
     def __init__(self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False, places: bool = False):

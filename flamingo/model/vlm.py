@@ -30,7 +30,6 @@ from flamingo.model.added_tokens import decouple_added_tokens
 from flamingo.model.cross_attention import Images
 from flamingo.model.generation import TextGeneration, with_open_flamingo_names
 from flamingo.model.language_model import CrossAttentionFusion, FlamingoLMMixin, extend_instance
-from flamingo.model.where import where_loss
 
 
 class SpecialTokens(NamedTuple):
@@ -104,7 +103,6 @@ class VisionLanguageModel(TextGeneration, nn.Module):
         self.media_token_id, self.eoc_token_id, self.pad_token_id = tokens
         self.train_language_model(False)
 
-    where_weight = 0.0  # of the loss on where things stand (TrainingOptions)
     vision_tokenizer = resampler = property(lambda self: self.perceiver)  # ours and flamingo-mini's name
 
     # ---------------------------------------------------------------------------------------- what trains
@@ -223,23 +221,15 @@ class VisionLanguageModel(TextGeneration, nn.Module):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
         media_locations: Tensor | None = None, inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None, features: Tensor | None = None, latents: Tensor | None = None,
-        image_index: Tensor | None = None, texts_per_image: int | None = None, blind: bool = False,
-        places: Tensor | None = None, **lm_options,
+        image_index: Tensor | None = None, texts_per_image: int | None = None, blind: bool = False, **lm_options,
     ):  # fmt: skip
         """The language model's own output: `.logits` (B, T_txt, vocabulary), and `.loss` if there are labels.
 
-        Args: see `Text` and `prepare_images`. places: (W, 3) where things stand, a loss of its own while a model with
-        cross-attention trains (where.py). lm_options: the language model's (use_cache, output_hidden_states, …).
+        Args: see `Text` and `prepare_images`. lm_options: the language model's (use_cache, output_hidden_states, …).
         """
         images = self.prepare_images(pixel_values, features, latents, image_index, texts_per_image, blind)
         with self.reading(images, input_ids, attention_mask, media_locations, labels, inputs_embeds) as text:
-            output = self.predict(text, **({"use_cache": False} | lm_options))
-            if places is not None and self.training and images is not None:
-                first_look = self.cross_attention_blocks()[0].attn
-                output.loss = output.loss + self.where_weight * where_loss(
-                    self.lang_encoder, first_look, images.latents, places
-                )
-        return output
+            return self.predict(text, **({"use_cache": False} | lm_options))
 
     @contextmanager
     def reading(

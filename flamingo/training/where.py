@@ -17,7 +17,36 @@ from einops import rearrange
 from torch import Tensor
 
 from flamingo.interop import compat
-from flamingo.model.cross_attention import MaskedCrossAttention
+from flamingo.model.cross_attention import Images, MaskedCrossAttention
+from flamingo.model.language_model import extend_instance
+from flamingo.model.vlm import VisionLanguageModel
+
+
+def ask_where(model: VisionLanguageModel, weight: float) -> bool:
+    """From now on a training step also asks the first look where things stand, if its batch says so, and adds that loss
+    times `weight`. In place. Returns False, and does nothing, if weight is 0 or there is no cross-attention."""
+    if not weight or not model.cross_attention_blocks():
+        return False
+    extend_instance(model, AsksWhereMixin)
+    model.where_weight, model.images_seen = weight, None
+    return True
+
+
+class AsksWhereMixin:
+    def prepare_images(self, *args, **kwargs) -> Images | None:
+        self.images_seen = super().prepare_images(*args, **kwargs)
+        return self.images_seen
+
+    def forward(self, *args, places: Tensor | None = None, **kwargs):
+        """places: (W, 3), see `where_loss`; no loss is added where there are none, or in evaluation."""
+        output = super().forward(*args, **kwargs)
+        images, self.images_seen = self.images_seen, None
+        if self.training and places is not None and images is not None:
+            first_look = self.cross_attention_blocks()[0].attn
+            output.loss = output.loss + self.where_weight * where_loss(
+                self.lang_encoder, first_look, images.latents, places
+            )
+        return output
 
 
 def where_loss(lm, look: MaskedCrossAttention, latents: Tensor, places: Tensor) -> Tensor:
