@@ -5,7 +5,8 @@
 A seed decides the weights that training begins with, the scenes and their order. A recipe that is reported for one seed
 may be a lucky draw. So: every seed's exact match on the same test scenes, each seed with one attention gate after the
 other closed, a curve for every seed, and what the worst one confuses. Seeds whose run folder is whole are not trained
-again.
+again. Two things are asked that only the pictures of examples tell: names that five examples give (binding), and one
+word by a rule that four examples follow.
 """
 
 import sys
@@ -16,17 +17,20 @@ import numpy as np
 from benchmarks import common
 from flamingo.evaluation.confusions import confusion_table, confusions
 from flamingo.evaluation.controls import by_group
+from flamingo.evaluation.few_shot import FewShot, curve, one_word_task
 from flamingo.evaluation.gates import without_each_gate
 from flamingo.evaluation.metrics import exact_match
 from flamingo.evaluation.parts import Parts
 from flamingo.evaluation.predictor import Predictor
 from flamingo.evaluation.run import BINDING_WAYS, EPISODES, NAMES, SCENES_OF_A_NAME
 from flamingo.evaluation.single_objects import add_single_objects, binding_episodes
-from flamingo.evaluation.test_set import classroom_items
+from flamingo.evaluation.test_set import EvaluationSet, classroom_test_set, one_word_scenes
 from flamingo.fast.inference import prepare_to_generate
 from flamingo.figures.run_figures import plt
 from flamingo.run_folder import METRICS, SUMMARY, read_metrics, read_summary
 from flamingo.training.checkpoint import load_model
+
+EXAMPLES = 4  # of one word by a rule
 
 
 def run_seed(seed: int, folder: Path, options: list[str]) -> None:
@@ -42,7 +46,8 @@ def score_seed(folder: Path, n: int) -> dict:
     model, processor, _ = load_model(folder)
     prepare_to_generate(model, summary["dtype"])
     predictor = Predictor(model, processor, summary["dtype"])
-    items, novel = classroom_items("test", n, 0), classroom_items("novel", max(2, n // 2), 0)
+    test_set = classroom_test_set("test", n, 0)
+    items, novel = test_set.items, test_set.novel
     rows, novel_rows = (predictor.add([item.picture for item in each]) for each in (items, novel))
     singles = add_single_objects(predictor, "train", 0, NAMES, SCENES_OF_A_NAME)
     episodes = binding_episodes(singles, min(EPISODES, n), 0, BINDING_WAYS[-1])
@@ -58,11 +63,21 @@ def score_seed(folder: Path, n: int) -> dict:
         "novel": float(marks_novel.mean()),
         "novel_by_objects": {group: float(marks_novel[which].mean()) for group, which in by_group(novel).items()},
         "gates": without_each_gate(predictor, parts, items, rows, captions, episodes, "fast binding", 0),
+        "one_word": one_word(predictor, parts, test_set, min(EPISODES, n)),
         "confusions": {kind: counter.most_common() for kind, counter in found.items()},
         "table": confusion_table(found), "curve": curve_of(folder, summary["steps"]),
     }  # fmt: skip
     parts.finish()
     return result
+
+
+def one_word(predictor: Predictor, parts: Parts, test_set: EvaluationSet, n: int) -> dict[str, float]:
+    """One word by a rule that EXAMPLES examples follow: right with their pictures, and without."""
+    drawn = one_word_scenes("test", n, 0)
+    queries = list(zip(predictor.add([scene.draw() for scene in drawn]), drawn, strict=True))
+    task = one_word_task(queries, test_set, predictor.add([item.picture for item in test_set.support]))
+    row = curve(task, FewShot(shots=(EXAMPLES,), trials=1), predictor, parts)[str(EXAMPLES)]
+    return {way: row[way] for way in ("exact_match", "text_only_demos")}
 
 
 def curve_of(folder: Path, steps: int) -> list[tuple[int, float]]:
@@ -129,13 +144,13 @@ def show(seeds: list[dict]) -> None:
     rows = [
         [held["seed"], held["seconds"], held["exact_match"], *held["by_objects"].values(), held["novel"],
          held["novel_by_objects"].get("1", float("nan")),
-         held["gates"][0]["binding"],
+         held["gates"][0]["binding"], held["one_word"]["exact_match"], held["one_word"]["text_only_demos"],
          " ".join(f"{layer['gate']:+.2f}→{layer['exact_match_closed']:.2f},{layer['binding_closed']:.2f}"
                   for layer in held["gates"])]
         for held in seeds
     ]  # fmt: skip
     head = ["seed", "seconds", "exact match", *(f"{group} thing(s)" for group in groups), "novel", "one novel thing",
-            "five-way binding", "gate → exact match, binding without it"]  # fmt: skip
+            "five-way binding", "one word", "… text only", "gate → exact match, binding without it"]  # fmt: skip
     common.print_table(head, rows)
 
 

@@ -372,7 +372,7 @@ class TrainingOptions:
     gate_reopening: float = option(
         0.0,
         "open the first attention gate to this value again when a curriculum comes to what is looked up in examples "
-        "(classroom); from then on the gates learn at --lr",
+        "(classroom); from then on the gates learn 50 times more slowly",
     )
     where_weight: float = option(
         0.0,

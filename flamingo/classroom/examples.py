@@ -33,7 +33,7 @@ class ClassroomScenes(Dataset):
     """
 
     LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
-    DOCUMENTS, NAMINGS, RULES = 0.25, 0.2, 0.1  # shares of the examples
+    DOCUMENTS, NAMINGS, RULES = 0.25, 0.2, 0.15  # shares of the examples
     DOCUMENT_LENGTHS = (2, 3, 4, 9)  # scenes; drawn from: as many as an evaluation shows at most
     QUESTIONS = 0.2  # share of the texts, of documents too
 

@@ -8,7 +8,7 @@ from torch import nn
 from flamingo.config import TrainingOptions
 from flamingo.model.vlm import VisionLanguageModel
 
-REOPENING = 20  # steps
+REOPENING, SLOWER = 20, 0.02  # steps; times the gates' learning rate from then on
 
 
 def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torch.optim.AdamW:
@@ -56,11 +56,11 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, options: TrainingOptions, reopening: int | None = None
 ) -> None:
-    """Give each group its peak rate times `warmup_cosine`; the gates, once one was opened again, that of all else."""
+    """Give each group its peak rate times `warmup_cosine`; the gates SLOWER, once one of them was opened again."""
+    opened = options.gate_reopening > 0 and reopening is not None and step >= reopening
     for group in optimizer.param_groups:
-        slow = group.get("is_gates") and options.gate_reopening and reopening is not None and step >= reopening
-        peak = min(group["peak_lr"], options.lr) if slow else group["peak_lr"]
-        group["lr"] = peak * warmup_cosine(step, options.steps, options.warmup_steps)
+        slower = SLOWER if opened and group.get("is_gates") else 1.0
+        group["lr"] = slower * group["peak_lr"] * warmup_cosine(step, options.steps, options.warmup_steps)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from flamingo.data.streams import Stream, is_stream, load_stream
 from flamingo.errors import InputError
 
 SCENES = 100_000  # of a split
-CURRICULUM = (0.2, 0.25)  # shares of a classroom run: its first and its second part (ClassroomScenes)
+CURRICULUM = (0.18, 0.22)  # shares of a classroom run: its first and its second part (ClassroomScenes)
 TOKENIZED = 500  # examples whose texts are tokenized before a run begins
 
 

@@ -21,6 +21,8 @@ from flamingo.model.cross_attention import Images, MaskedCrossAttention
 from flamingo.model.language_model import extend_instance
 from flamingo.model.vlm import VisionLanguageModel
 
+LONGEST = 192  # tokens of a text, of which any may be the word
+
 
 def ask_where(model: VisionLanguageModel, weight: float) -> bool:
     """From now on a training step also asks the first look where things stand, if its batch says so, and adds that loss
@@ -60,7 +62,7 @@ def where_loss(lm, look: MaskedCrossAttention, latents: Tensor, places: Tensor) 
     words = lm.get_input_embeddings().weight  # (vocabulary, D)
     x = words[thing]  # (W, D)
     if (positions := compat.position_table(lm)) is not None:  # wherever the word may stand in a text
-        x = x + positions[torch.randint(len(positions), thing.shape, device=x.device)]
+        x = x + positions[torch.randint(min(LONGEST, len(positions)), thing.shape, device=x.device)]
     queries = rearrange(look.to_q(look.norm(x)), "W (h c) -> W h 1 c", h=look.heads)
     keys, values = look.project_media(latents)  # (N, h, n, c) each
     seen = F.scaled_dot_product_attention(queries, keys[picture], values[picture])
