@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import common
 from flamingo.evaluation.confusions import confusion_table, confusions
 from flamingo.evaluation.controls import by_group
-from flamingo.evaluation.few_shot import FewShot, curve, one_word_task
+from flamingo.evaluation.few_shot import FewShot, Task, curve, one_word_task
 from flamingo.evaluation.gates import without_each_gate
 from flamingo.evaluation.metrics import exact_match
 from flamingo.evaluation.parts import Parts
@@ -51,6 +51,7 @@ def score_seed(folder: Path, n: int) -> dict:
     rows, novel_rows = (predictor.add([item.picture for item in each]) for each in (items, novel))
     singles = add_single_objects(predictor, "train", 0, NAMES, SCENES_OF_A_NAME)
     episodes = binding_episodes(singles, min(EPISODES, n), 0, BINDING_WAYS[-1])
+    rules = rules_task(predictor, test_set, min(EPISODES, n))
     parts = Parts(folder, {"benchmark": "seeds", "n": n})
     captions = parts.keep("test scenes", lambda: predictor.caption(rows, items, "test scenes"))
     marks = exact_match(captions, [item.truths for item in items])
@@ -63,7 +64,7 @@ def score_seed(folder: Path, n: int) -> dict:
         "novel": float(marks_novel.mean()),
         "novel_by_objects": {group: float(marks_novel[which].mean()) for group, which in by_group(novel).items()},
         "gates": without_each_gate(predictor, parts, items, rows, captions, episodes, "fast binding", 0),
-        "one_word": one_word(predictor, parts, test_set, min(EPISODES, n)),
+        "one_word": follows_rules(predictor, parts, rules),
         "confusions": {kind: counter.most_common() for kind, counter in found.items()},
         "table": confusion_table(found), "curve": curve_of(folder, summary["steps"]),
     }  # fmt: skip
@@ -71,11 +72,15 @@ def score_seed(folder: Path, n: int) -> dict:
     return result
 
 
-def one_word(predictor: Predictor, parts: Parts, test_set: EvaluationSet, n: int) -> dict[str, float]:
-    """One word by a rule that EXAMPLES examples follow: right with their pictures, and without."""
+def rules_task(predictor: Predictor, test_set: EvaluationSet, n: int) -> Task:
+    """n pictures that are answered with one word each, by a rule that only the examples show."""
     drawn = one_word_scenes("test", n, 0)
     queries = list(zip(predictor.add([scene.draw() for scene in drawn]), drawn, strict=True))
-    task = one_word_task(queries, test_set, predictor.add([item.picture for item in test_set.support]))
+    return one_word_task(queries, test_set, predictor.add([item.picture for item in test_set.support]))
+
+
+def follows_rules(predictor: Predictor, parts: Parts, task: Task) -> dict[str, float]:
+    """How often the word is right after EXAMPLES examples, and after their texts alone."""
     row = curve(task, FewShot(shots=(EXAMPLES,), trials=1), predictor, parts)[str(EXAMPLES)]
     return {way: row[way] for way in ("exact_match", "text_only_demos")}
 
