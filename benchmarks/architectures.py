@@ -1,7 +1,7 @@
 """Flamingo, Kosmos, BLIP and LLaVA (with LoRA too) on one classroom: what each has learned, and what each costs.
 
     python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER]
-    python -m benchmarks.architectures -- --steps 720        all see as many captions as Flamingo's preset does
+    python -m benchmarks.architectures -- --steps 840        all see as many captions as Flamingo's preset does
 
 All are trained by `python train.py` (what follows -- are further options of it) on the same scenes in the same order,
 each for as many steps as its preset has, and take the same exam (evaluate.py). Beside that, of a fresh model: how the
