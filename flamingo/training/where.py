@@ -35,7 +35,9 @@ def ask_where(model: VisionLanguageModel, weight: float) -> bool:
 
 
 class AsksWhereMixin:
-    def prepare_images(self, *args, **kwargs) -> Images | None:
+    """The model it is laid on, and beside that one's loss the one of `where_loss` while it trains."""
+
+    def prepare_images(self, *args, **kwargs) -> Images | None:  # forward calls it
         self.images_seen = super().prepare_images(*args, **kwargs)
         return self.images_seen
 
