@@ -74,8 +74,8 @@ def refused(capsys):
 
 # ------------------------------------------------------------------------------------------------- options of train.py
 NUMBERS = ["seed", "steps", "batch_size", "accumulate", "lr", "gate_lr", "weight_decay", "warmup_steps", "clip_norm",
-           "max_tokens", "eval_every", "save_every", "eval_batches", "workers", "gate_opening",
-           "captions_per_picture", "skip_bad_steps", "patience", "patches", "lm_lr"]  # fmt: skip
+           "max_tokens", "eval_every", "save_every", "eval_batches", "workers", "gate_opening", "gate_reopening",
+           "where_weight", "captions_per_picture", "skip_bad_steps", "patience", "patches", "lm_lr"]  # fmt: skip
 WHOLE = [name for name in NUMBERS if TrainingOptions.__dataclass_fields__[name].type is int]
 BAD_TRAINING = (
     [[f"--{name.replace('_', '-')}={value}"] for name in NUMBERS for value in ("-1", "1e400", "nan", "", "many")]
@@ -83,7 +83,8 @@ BAD_TRAINING = (
     + [[f"--{name.replace('_', '-')}={value}"] for name in ("lr", "gate_lr", "clip_norm", "weight_decay")
        for value in ("inf", "-inf", "1e300")]
     + [[f"--{name.replace('_', '-')}", "0"] for name in NUMBERS
-       if name not in ("seed", "weight_decay", "warmup_steps", "workers", "gate_opening", "skip_bad_steps", "patience")]
+       if name not in ("seed", "weight_decay", "warmup_steps", "workers", "gate_opening", "gate_reopening",
+                       "where_weight", "skip_bad_steps", "patience")]
     + [[f"--{name}", value] for name in ("out", "cache", "data", "lm", "clip-model-type", "device", "dtype", "preset",
                                          "image-column", "caption-columns") for value in ("", "  ")]
     + [["--seed", str(2**64)], ["--steps", str(10**12)], ["--batch-size", "9999999", "--steps", "999999999"]]

@@ -213,7 +213,7 @@ def test_ready_made_examples_can_be_predicted(demo, name):
 def test_the_story_of_the_committed_run():
     losses, opened, validations = story.curves(story.COMMITTED)
     assert {"training", "validation", "validation, picture taken away"} == set(losses["of"])
-    assert {"attn 1", "ff 2"} < set(opened["of"]) and len(validations) == 6
+    assert {"attn 1", "ff 2"} < set(opened["of"]) and len(validations) == 7
     scores = story.scores(story.COMMITTED)
     assert scores["exact match"] == "0.956" and "It looks" in scores["verdict"]
     assert "0.956" in story.table_html({story.COMMITTED: scores, story.Path("other"): {}})
