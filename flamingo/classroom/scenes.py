@@ -203,7 +203,7 @@ def _quiz(scene: Scene) -> str:
 
 def _telegram(scene: Scene) -> str:
     if scene.layout in _TELEGRAM:
-        parts = [f"{name} {side}" for name, side in zip(scene.names, _TELEGRAM[scene.layout], strict=True)]
+        parts = [f"{name} {side}" for name, side in scene.places()]
     elif scene.layout == "count":
         parts = [f"{COUNTS[len(scene.objects) - 1]} {plural(scene.names[0])}"]
     else:
