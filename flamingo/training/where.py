@@ -13,11 +13,10 @@ around it, and what the look adds is read as the language model's output would b
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from flamingo.interop import compat
-from flamingo.model.cross_attention import Images, MaskedCrossAttention
+from flamingo.model.cross_attention import Images, MaskedCrossAttention, MediaMask
 from flamingo.model.language_model import extend_instance
 from flamingo.model.vlm import VisionLanguageModel
 
@@ -65,8 +64,7 @@ def where_loss(lm, look: MaskedCrossAttention, latents: Tensor, places: Tensor) 
     x = words[thing]  # (W, D)
     if (positions := compat.position_table(lm)) is not None:  # wherever the word may stand in a text
         x = x + positions[torch.randint(min(LONGEST, len(positions)), thing.shape, device=x.device)]
-    queries = rearrange(look.to_q(look.norm(x)), "W (h c) -> W h 1 c", h=look.heads)
-    keys, values = look.project_media(latents)  # (N, h, n, c) each
-    seen = F.scaled_dot_product_attention(queries, keys[picture], values[picture])
-    added = look.to_out(rearrange(seen, "W h 1 c -> W (h c)"))  # (W, D)
+    sees_image = torch.ones_like(picture, dtype=torch.bool)[:, None, None]
+    each_alone = MediaMask(picture[:, None], None, sees_image)  # W texts of one word and one picture each
+    added = look(x[:, None], look.project_media(latents), each_alone)[:, 0]  # (W, D)
     return F.cross_entropy(added.float() @ words.float().T, place)
