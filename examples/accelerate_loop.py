@@ -7,6 +7,7 @@ my_pictures as in hugging_face.py. Only what trains has gradients, goes to the o
 accelerate)
 """
 
+import os
 import sys
 
 import torch
@@ -48,3 +49,5 @@ if accelerator.is_main_process:
     accelerator.unwrap_model(together).save_pretrained(out)
     processor.save_pretrained(out)
 accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may abort a process that takes Python down before it ends (flamingo/ranks.py)

@@ -8,6 +8,7 @@ come to the same line. So all must decide alike on the way to one, or they wait 
 Alone, a process is the first of one, and all of this does nothing. (Imports torch only if there are several.)
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -115,6 +116,7 @@ def joined(name: str) -> Iterator[None]:
         return
     import torch
 
+    at_its_end = atexit.register(_End())
     first, number = int(os.environ["RANK"]) == 0, int(os.environ["RANK"])
     store, _, _ = next(torch.distributed.rendezvous("env://", number, size))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what an earlier one has left in the store is no use
@@ -130,8 +132,27 @@ def joined(name: str) -> Iterator[None]:
                 muted.enter_context(contextlib.redirect_stderr(nothing))
             yield
         torch.distributed.destroy_process_group()  # not after an error: it would wait for who is gone
+        at_its_end.all_is_well = True
     finally:
         _rank, _count = 0, 1
+
+
+class _End:
+    """The last that a process of several does, after a run that went well: it ends, and does not take Python down.
+
+    The threads of gloo outlive their group, and may hold the last tensor they added up for a moment longer. One that
+    lets go of it while Python is being taken down aborts the process (seen with torch 2.15, once in sixteen ends on a
+    busy core), and torchrun calls a run failed that has written all it should. Whatever else is to be done at the exit
+    has been done: its handlers were registered later, and those come first.
+    """
+
+    all_is_well = False
+
+    def __call__(self) -> None:
+        if self.all_is_well:
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None where a shell has closed it
+                stream.flush()
+            os._exit(0)
 
 
 @contextlib.contextmanager

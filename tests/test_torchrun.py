@@ -171,6 +171,29 @@ def test_a_mistake_is_said_once_and_all_end(arguments, sentence, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_went_well_ends_before_python_is_taken_down(tmp_path):
+    """There the threads of gloo would abort it, now and then. What was left for the exit is done, and only that."""
+    script = tmp_path / "command.py"
+    script.write_text("""
+import atexit, os
+import torch
+from flamingo import ranks
+
+class Held:
+    def __del__(self, write=os.write): write(1, b"taken down")
+
+with ranks.joined("command.py"):
+    held = Held()
+    atexit.register(os.write, 1, b"left for the exit\\n")
+    torch.distributed.all_reduce(torch.ones(9))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["left for the exit"] * 2
+
+
 def test_a_restart_needs_a_name(tmp_path):
     code, said = output(launch(2, "--device", "cpu", restarts=1, cwd=tmp_path))
     assert code != 0 and "name the run folder with --out" in said

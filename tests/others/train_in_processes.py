@@ -6,7 +6,6 @@ python -m torch.distributed.run --nproc-per-node 2 tests/others/train_in_process
 import os
 import sys
 
-import torch
 from transformers import Trainer, TrainingArguments
 
 from flamingo import FlamingoModel, FlamingoProcessor
@@ -37,7 +36,5 @@ trainer = Trainer(model, settings, train_dataset=rows, data_collator=collate, pr
 trainer.train()
 if trainer.is_world_process_zero():
     print("losses", *(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
-if (
-    torch.distributed.is_initialized()
-):  # the Trainer does not, and then one of eight such runs ended in an abort at its exit
-    torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # the Trainer leaves gloo's threads behind, which may abort a process that ends in its own time (ranks.py)
