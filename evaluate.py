@@ -103,7 +103,6 @@ def main(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     import time
 
-    from flamingo.config import to_flat
     from flamingo.data.answer_columns import AnswerColumns
     from flamingo.evaluation.captioning import Decoding
     from flamingo.evaluation.parts import Parts
@@ -116,6 +115,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from flamingo.fast.inference import prepare_to_generate
     from flamingo.files import write_json
     from flamingo.interop.selfcheck import check_decoding
+    from flamingo.settings import to_flat
     from flamingo.training.card import write_card
     from flamingo.training.checkpoint import WEIGHTS, load_model
     from flamingo.training.sources import uses_classroom

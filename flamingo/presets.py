@@ -4,9 +4,10 @@ import dataclasses
 import os
 from collections.abc import Callable
 
-from flamingo.config import PART_OF, ModelConfig, TrainingOptions, parse_setting, with_settings
+from flamingo.config import PART_OF, ModelConfig, TrainingOptions
 from flamingo.errors import InputError
 from flamingo.limits import checked, in_range, quoted
+from flamingo.settings import parse_setting, with_settings
 
 _LARGE_TRAINING = {
     "data": "jxie/flickr8k", "steps": 3000, "batch_size": 32, "lr": 3e-4, "gate_lr": 0.01, "warmup_steps": 200,

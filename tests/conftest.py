@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from flamingo.config import from_flat
 from flamingo.fast.enable import enable
 from flamingo.model.build import build_from_parts
 from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
+from flamingo.settings import from_flat
 
 IMAGE, EOC, PAD = 51, 50, 1  # ids of the tiny vocabulary: 50 words, then <|endofchunk|> and <image>
 

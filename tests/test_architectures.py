@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import EOC, IMAGE, PAD, TinyEncoder, assemble, open_the_gates, tiny_lm
 
-from flamingo.config import TrainingOptions, from_flat, to_flat
+from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
 from flamingo.fast.enable import enable
 from flamingo.fast.inference import prepare_to_generate
@@ -18,6 +18,7 @@ from flamingo.model.linear import LinearProjection
 from flamingo.model.qformer import QFormer
 from flamingo.model.vlm import SpecialTokens
 from flamingo.presets import ARCHITECTURES, PRESETS, model_config
+from flamingo.settings import from_flat, to_flat
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.optimizer import make_optimizer
 

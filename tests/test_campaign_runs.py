@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from flamingo import __main__ as captioning
-from flamingo.config import FLAT, ModelConfig, TrainingOptions, from_flat, paths, to_flat
+from flamingo.config import ModelConfig, TrainingOptions
 from flamingo.data.batches import StepSampler
 from flamingo.errors import InputError, run_command
 from flamingo.fast.device import pick_device
@@ -42,6 +42,7 @@ from flamingo.run_folder import (
     read_metrics,
     read_summary,
 )
+from flamingo.settings import FLAT, from_flat, paths, to_flat
 from flamingo.training import loop
 from flamingo.training.checkpoint import load_model, read_config
 from flamingo.training.command_line import parse_training_options

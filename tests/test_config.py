@@ -5,12 +5,13 @@ import json
 
 import pytest
 
-from flamingo.config import FLAT, ModelConfig, from_flat, parse_setting, paths, to_flat, with_settings
+from flamingo.config import ModelConfig
 from flamingo.errors import InputError
 from flamingo.files import asset
 from flamingo.interop.huggingface_config import FlamingoConfig
 from flamingo.model.resampler import PerceiverResampler
 from flamingo.presets import PRESETS, model_config
+from flamingo.settings import FLAT, from_flat, parse_setting, paths, to_flat, with_settings
 from flamingo.training.checkpoint import read_config
 from flamingo.training.command_line import parse_training_options
 

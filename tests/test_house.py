@@ -12,6 +12,7 @@ FLOORS = [
     ("errors",),
     ("files", "limits", "ranks"),
     ("config",),
+    ("settings",),
     ("presets", "run_folder", "interop.compat", "interop.threads"),
     ("model",),
     ("fast",),

@@ -34,7 +34,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flamingo.config import to_flat
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.evaluation.attention import recorded_cross_attention
@@ -51,6 +50,7 @@ from flamingo.model.cross_attention import Images
 from flamingo.model.language_model import FlamingoLayer
 from flamingo.model.language_stream import LanguageStreamModel
 from flamingo.model.vlm import next_tokens
+from flamingo.settings import to_flat
 
 
 @dataclass

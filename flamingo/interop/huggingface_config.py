@@ -9,8 +9,9 @@ import functools
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from flamingo.config import FLAT, ModelConfig, from_flat, paths, to_flat
+from flamingo.config import ModelConfig
 from flamingo.files import resolve
+from flamingo.settings import FLAT, from_flat, paths, to_flat
 
 
 def _field_types() -> dict[str, type]:

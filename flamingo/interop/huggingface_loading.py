@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from flamingo.config import FLAT
 from flamingo.errors import InputError
 from flamingo.files import OF_A_HUB, PASSED_ALONG, find_folder, fingerprint, write_json
 from flamingo.interop import compat
 from flamingo.interop.adapters import config_of, settings_of
 from flamingo.interop.backbones import Quantization
 from flamingo.interop.huggingface_config import FlamingoConfig
+from flamingo.settings import FLAT
 from flamingo.training.card import CARD, card_text, write_card_text
 from flamingo.training.checkpoint import ACTIVE, ADAPTERS, GENERAL, load_model, own_tensors, read_config, save_model
 

@@ -29,10 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo.config import ModelConfig, from_flat
+from flamingo.config import ModelConfig
 from flamingo.errors import InputError
 from flamingo.files import read_json
 from flamingo.model.vlm import VisionLanguageModel
+from flamingo.settings import from_flat
 from flamingo.training.checkpoint import load_trained
 
 # A peer's name → ours; the first pattern that fits the whole name decides. LAYERS: the language model's decoder layers.
@@ -66,7 +67,7 @@ FROZEN = ("vision_encoder.", "lang_encoder.", "lm.", "lm_head.")  # what is not 
 
 
 def open_flamingo_settings(xattn_every: int = 1) -> dict:
-    """The flat settings (flamingo/config.py, `from_flat`) that an OpenFlamingo checkpoint needs, besides `lm`.
+    """The flat settings (flamingo/settings.py, `from_flat`) that an OpenFlamingo checkpoint needs, besides `lm`.
 
     xattn_every: cross_attn_every_n_layers of its model card. The rest is the same for all of them: the last layer of
     each group, ViT-L-14 of OpenAI read before its final norm, no embeddings of frames.

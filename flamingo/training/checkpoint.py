@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flamingo.config import ModelConfig, from_flat, to_flat
+from flamingo.config import ModelConfig
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.errors import InputError
 from flamingo.fast.onednn import PackedLinear
@@ -41,6 +41,7 @@ from flamingo.interop.adapters import activate, add_adapter, config_of, name_wit
 from flamingo.interop.backbones import Built, Quantization, build_flamingo
 from flamingo.limits import checked, checked_fields, quoted
 from flamingo.model.vlm import VisionLanguageModel
+from flamingo.settings import from_flat, to_flat
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "flamingo"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from flamingo import ranks
-from flamingo.config import ModelConfig, TrainingOptions, to_flat
+from flamingo.config import ModelConfig, TrainingOptions
 from flamingo.data.streams import Stream
 from flamingo.errors import InputError
 from flamingo.files import must_be_regular, one_line, write_atomically
@@ -28,6 +28,7 @@ from flamingo.limits import checked_fields, quoted
 from flamingo.model.vlm import Flamingo
 from flamingo.presets import training_options
 from flamingo.run_folder import RESUME_POINT, SKIPPED, SUMMARY
+from flamingo.settings import to_flat
 from flamingo.training.checkpoint import check_finite, load_trained
 
 FACTS = {"step": int, "position": dict, "dtype": str, "options": dict, "backbones": str, "data": str, "tensors": str}
