@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from flamingo.errors import run_command
 from flamingo.fast.enable import enable
 from flamingo.model.build import build_from_parts
 from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
@@ -119,3 +120,19 @@ def bounded_memory(record_property):
     grown = _memory("VmHWM") - before
     record_property("peak_megabytes", round(grown / 2**20))
     assert grown < MOST, f"this input took {grown / 2**20:.0f} MB"
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused(command, *words)`: the command ends with exit code 2 and one sentence that has all the words."""
+
+    def check(command, *words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_command("it", command)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1, said
+        assert all(word in said for word in words), said
+        return said
+
+    return check
