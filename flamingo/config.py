@@ -216,8 +216,8 @@ class TrainingOptions:
 
     preset: str = option(
         "classroom",
-        "which recipe to train: classroom, photos, opt-125m or gpt2; classroom and opt-125m also with -kosmos, -blip "
-        "or -llava, photos with -flamingo; palm-text, a language model on text alone",
+        "which recipe to train: classroom, photos, opt-125m, gpt2 or medical; classroom and opt-125m also with "
+        "-kosmos, -blip, -llava or -llava-lora, photos with -flamingo; palm-text, a language model on text alone",
     )
     data: str | None = option(
         None,

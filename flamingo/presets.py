@@ -170,15 +170,33 @@ def training_options(values: dict, flag: Callable[[str], str] = str) -> Training
 
 
 def _must_be_read(options: TrainingOptions, flag: Callable[[str], str]) -> None:
-    """Raises InputError for an option of the first cross-attention that was given where it changes nothing."""
-    fusion = model_config(options).fusion_type
-    for name in ("gate_reopening", "where_weight"):
-        value = getattr(options, name)
-        if not value or value == PRESETS[options.preset]["training"].get(name):
-            continue
-        if fusion == "language-stream":
-            raise InputError(f"{flag(name)} is about the first cross-attention, and a {fusion} has none")
-        if options.data is not None or not options.preset.startswith("classroom"):
+    """Raises InputError for an option that was given where it changes nothing, or cannot be done."""
+    if is_text_only(options.preset):
+        return  # training/text.py says what it reads
+    config, defaults = model_config(options), TrainingOptions()
+
+    def is_given(name: str) -> bool:
+        usual = PRESETS[options.preset]["training"].get(name, getattr(defaults, name))
+        return getattr(options, name) not in (usual, 0)
+
+    for name in filter(is_given, ("gate_opening", "gate_reopening", "gate_lr", "where_weight")):
+        if config.fusion_type == "language-stream":
+            raise InputError(f"{flag(name)} is about cross-attention, and a {config.fusion_type} has none")
+    own_scenes = options.data is None and options.preset.startswith("classroom")
+    for name in filter(is_given, ("gate_reopening", "where_weight")):
+        if not own_scenes:
             raise InputError(
                 f"{flag(name)} is for the classroom's own scenes: only of these is known where things stand"
+            )
+    if is_given("lm_lr") and config.language.freeze and not config.language.lora_rank:
+        raise InputError(
+            f"{flag('lm_lr')} does nothing while the language model is frozen: --set language.freeze=false trains it, "
+            "--set language.lora_rank=8 a LoRA beside it"
+        )
+    if is_given("patches"):
+        if own_scenes or options.stream or options.cache == "off":
+            raise InputError(f"{flag('patches')} draws from cached features, and this run has none")
+        if config.tokenizer_type == "linear" and config.linear.shuffle > 1:
+            raise InputError(
+                f"{flag('patches')}: linear.shuffle joins neighbouring patches, so it needs all of them in their places"
             )

@@ -50,6 +50,31 @@ def test_options_of_train(argv, refused, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--lm-lr", "0.01"], "frozen"),
+        (["--preset", "classroom-llava", "--lm-lr", "0.01"], "frozen"),
+        (["--preset", "classroom-kosmos", "--gate-lr", "0.01"], "cross-attention"),
+        (["--preset", "classroom-kosmos", "--gate-opening", "0.1"], "cross-attention"),
+        (["--patches", "0.5"], "cached features"),
+        (["--preset", "photos", "--data", "x", "--cache", "off", "--patches", "0.5"], "cached features"),
+        (["--preset", "photos", "--data", "x", "--patches", "0.5"], "linear.shuffle"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(argv, word, refused):
+    refused(lambda: parse_training_options(argv), argv[-2], word)
+
+
+def test_an_option_that_is_read_is_not_refused():
+    for argv in (
+        ["--preset", "classroom-kosmos", "--lm-lr", "0.01"], ["--preset", "photos", "--data", "x", "--lm-lr", "0.01"],
+        ["--preset", "photos-flamingo", "--data", "x", "--patches", "0.5"], ["--gate-lr", "0.01"],
+        ["--set", "fusion_type=language-stream"],
+    ):  # fmt: skip
+        parse_training_options(argv)
+
+
 def test_every_option_that_is_a_number_has_been_tried():
     numbers = [f.name for f in dataclasses.fields(TrainingOptions) if f.type in (int, float)]
     assert set(NUMBERS) == set(numbers)

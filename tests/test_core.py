@@ -331,6 +331,31 @@ def test_the_first_look_alone_is_asked_where_things_stand(model, texts, pictures
     assert model.images_seen is None  # keeps no graph alive
 
 
+def test_where_is_not_asked_of_a_model_whose_words_are_narrower_than_its_layers():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from flamingo.errors import InputError
+    from flamingo.training.where import ask_where
+
+    config = OPTConfig(
+        vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, pad_token_id=1,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"16 channels and its layers 32.*--where-weight 0"):
+        ask_where(tiny_flamingo(lm=OPTForCausalLM(config)), 0.5)
+
+
+def test_hidden_states_come_with_a_loss_too(model, texts, pictures):
+    output = model(texts, labels=texts, pixel_values=pictures, output_hidden_states=True)
+    assert len(output.hidden_states) == 3 and output.loss.isfinite()
+
+
+def test_more_tokens_than_positions_are_refused_before_the_first_step(model, texts, pictures):
+    for options in ({"max_new_tokens": 200}, {"max_length": 200}):
+        with pytest.raises(ValueError, match="the language model has 128"):
+            model.generate(texts, pixel_values=pictures, **options)
+
+
 def test_asked_where_things_stand_the_first_look_learns_it(model):
     from flamingo.training.where import where_loss
 

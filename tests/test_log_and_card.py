@@ -96,6 +96,27 @@ def test_the_card_says_what_is_known_and_no_more():
     assert "`pictures`" in text and "secret" not in text and ModelCard(text).data.datasets is None
 
 
+def test_the_card_says_what_was_trained_and_is_in_the_folder():
+    config = read_config(COMMITTED)
+    assert "the cross-attention and two added tokens. Only that is in this" in card.card_text("mine", config)
+    config.fusion_type, config.tokenizer_type, config.language.lora_rank = "language-stream", "linear", 8
+    text = card.card_text("mine", config)
+    assert "the linear vision tokenizer, a LoRA of rank 8 beside the language model and two added tokens" in text
+    config.language.lora_rank, config.language.freeze = None, False
+    text = card.card_text("mine", config)
+    assert "the language model, whose weights are in this repository too" in text and "Both are frozen" not in text
+
+
+def test_the_card_names_what_was_tested_and_no_place_of_this_machine():
+    config, summary = read_config(COMMITTED), json.loads((COMMITTED / "summary.json").read_text())
+    evaluation = json.loads((COMMITTED / "evaluation.json").read_text()) | {"data": "/home/me/secret/others"}
+    summary["options"] |= {"data": "/home/me/secret/a.tar:0.5 + /home/me/secret/b:0.5", "data_place": None}
+    text = card.card_text("mine", config, summary, evaluation)
+    assert "a.tar:0.5 + b:0.5" in text and ModelCard(text).data.datasets is None
+    assert {one.dataset_type for one in ModelCard(text).data.eval_results} == {"others"}
+    assert "secret" not in text
+
+
 def test_a_card_that_somebody_wrote_is_left_alone(tmp_path):
     shutil.copy(COMMITTED / "config.json", tmp_path)
     (tmp_path / "README.md").write_text("my own words")

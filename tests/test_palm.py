@@ -271,6 +271,16 @@ def test_mistakes_in_a_text_run(tmp_path, text, options, message):
         train_on_text(parse_training_options(["--preset", "palm-text", "--data", str(book), *options]), tmp_path)
 
 
+def test_every_held_out_token_counts_the_same(palm):
+    """Nine rows are read as eight and one."""
+    from flamingo.training.text import validate
+
+    rows = torch.randint(3, 40, (9, 12), generator=torch.Generator().manual_seed(0))
+    palm.eval()
+    each = [palm(row[None], labels=row[None]).loss.item() for row in rows]
+    assert validate(palm, rows, torch.device("cpu"), "float32") == pytest.approx(sum(each) / 9, rel=1e-5)
+
+
 def test_rows_of_documents_are_full_and_a_function_of_the_seed():
     tokenizer = load_tokenizer(TOKENIZER)
     options = TrainingOptions(preset="palm-text", batch_size=3, max_tokens=40, seed=5)

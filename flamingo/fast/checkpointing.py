@@ -25,8 +25,8 @@ class CheckpointedMixin:
 
 
 class CheckpointedDecoderMixin:
-    """For a decoder layer of a language stream, frozen or not. (transformers' own checkpointing rests in eval mode, in
-    which a frozen language model always is.)"""
+    """For a decoder layer that does not look, frozen or not: of a language stream, or between two that do.
+    (transformers' own checkpointing rests in eval mode, in which a frozen language model always is.)"""
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if not torch.is_grad_enabled():
@@ -35,15 +35,17 @@ class CheckpointedDecoderMixin:
 
 
 def checkpoint_layers(model: VisionLanguageModel, on: bool = True) -> None:
-    """Every decoder layer with its cross-attention. In place.
+    """Every decoder layer, those that look with their cross-attention. In place.
 
-    on: from now on, or as soon as `gradient_checkpointing` of the layers is set, which is transformers' way.
+    on: from now on. If not, those that look, as soon as their `gradient_checkpointing` is set, which is transformers'
+    way.
     """
-    if not isinstance(model.lang_encoder, FlamingoLMMixin):
-        for layer in compat.find_decoder_layers(model.lang_encoder)[1] if on else ():
-            extend_instance(layer, CheckpointedDecoderMixin)
-        return
-    for layer in model.lang_encoder._get_decoder_layers():
+    lm = model.lang_encoder
+    looking = lm._get_decoder_layers() if isinstance(lm, FlamingoLMMixin) else []
+    for layer in looking:
         if not isinstance(layer, CheckpointedMixin):
             extend_instance(layer, CheckpointedMixin)
         layer.gradient_checkpointing = on
+    for layer in compat.find_decoder_layers(lm)[1] if on else ():
+        if not isinstance(layer, (CheckpointedMixin, CheckpointedDecoderMixin)):
+            extend_instance(layer, CheckpointedDecoderMixin)

@@ -19,6 +19,7 @@ from flamingo.model.language_model import FlamingoLMMixin
 from flamingo.model.vlm import Text
 
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32
+NOT_KEPT = ("output_hidden_states", "output_attentions")  # who wants these gets them from the plain way
 
 
 class ChunkedLossMixin:
@@ -29,7 +30,7 @@ class ChunkedLossMixin:
 
         layout: of this batch. Made here if it is not given, which on a GPU waits for the values.
         """
-        if text.labels is None:
+        if text.labels is None or any(lm_options.get(name) for name in NOT_KEPT):
             return super().predict(text, **lm_options)
         layout = layout or TextLayout.of(text.labels, text.attention_mask)
         head = self.lang_encoder.get_output_embeddings()

@@ -74,6 +74,13 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def make_room_for(tokens: int) -> None:
+    """Before a batch of many tokens (documents; more than 2,048) give back what others left in pieces, which its large
+    tensors do not fit into: a classroom run would grow by half a gigabyte."""
+    if tokens > 2048:
+        give_back_freed_memory()
+
+
 def keep_few_plans() -> None:
     """oneDNN, which multiplies matrices on CPUs, keeps a plan and its memory for each shape it has met, 1024 of them.
     Few batches have the same number of words and labels, so a run would gather gigabytes that it never uses again."""

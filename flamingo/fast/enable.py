@@ -95,7 +95,7 @@ def head_is_last(model: VisionLanguageModel) -> bool:
 
 
 def _trial_texts(model: VisionLanguageModel) -> torch.Tensor:
-    """(2, 8) ids: <image> and six others in each, the second text two tokens shorter than the first."""
+    """(2, 8) ids: <image> and seven others, and <image>, five others and padding."""
     special = (model.media_token_id, model.eoc_token_id, model.pad_token_id)
     others = [i for i in range(3, 16) if i not in special][:6]
     rows = [[others[0], model.media_token_id, *others], [model.media_token_id, *others[2:], others[0]]]

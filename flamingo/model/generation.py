@@ -76,7 +76,11 @@ class TextGeneration:
         images = self.prepare_images(pixel_values, features, latents, image_index, texts_per_image, blind)
         text = (input_ids, attention_mask, media_locations, None, inputs_embeds)
         with self.reading(images, *text, generating=True) as text:
-            self.check_room(text.inputs(), lengths[0] or lengths[2] or 0)
+            more = lengths[0] or lengths[2]
+            if not more and (most := lengths[1] or lengths[3]):  # of the prompt, padding included, and what follows
+                read = text.input_ids if text.input_ids is not None else text.inputs_embeds
+                more = max(0, most - read.shape[1])
+            self.check_room(text.inputs(), more or 0)
             # With embeddings to read first, the ids are what they are the embeddings of, and part of what comes back.
             prompt = {} if text.input_ids is None else {"input_ids": text.input_ids}
             return self.lang_encoder.generate(**(text.inputs() | prompt), **options)

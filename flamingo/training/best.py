@@ -43,6 +43,7 @@ class Best:
         """At the end: the best weights. (Their file goes when the run is finished.) Raises InputError if it is gone."""
         if not self.patience:
             return
+        ranks.total(0)  # now the first has written it
         try:
             load_trained(self.model, load_file(self.file), str(self.file))
         except (SafetensorError, OSError) as error:

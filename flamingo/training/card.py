@@ -5,6 +5,7 @@ that does not look would get on the same test. All of that stands in the folder 
 evaluation.json); the card only puts it into sentences, and leaves out what is not known.
 """
 
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -53,10 +54,7 @@ def card_text(name: str, config: ModelConfig, summary: dict | None = None, evalu
     parts = [
         f"---\n{_metadata(name, config, summary, evaluation).to_yaml()}\n---\n{OURS}",
         f"# {name}\n\nA Flamingo: the language model `{config.language.name}` looks at pictures through the vision "
-        f"encoder `{config.vision.name}`. "
-        + ("Both are frozen; what" if config.language.freeze else "The encoder is frozen; what")
-        + f" was trained is the {config.tokenizer_type} vision tokenizer, the {config.fusion_type} and two added "
-        "tokens. Only that is in this repository: the backbones are found by their names.",
+        f"encoder `{config.vision.name}`. {_what_was_trained(config)}",
         USE.format(name=name),
     ]
     if summary and summary.keys() >= TOLD:
@@ -66,13 +64,33 @@ def card_text(name: str, config: ModelConfig, summary: dict | None = None, evalu
     return "\n\n".join(parts) + "\n"
 
 
+def _what_was_trained(config: ModelConfig) -> str:
+    """And what is therefore in the repository."""
+    trained = [f"the {config.tokenizer_type} vision tokenizer"]
+    if config.fusion_type == "cross-attention":
+        trained.append("the cross-attention")
+    if config.language.lora_rank:
+        trained.append(f"a LoRA of rank {config.language.lora_rank} beside the language model")
+    trained.append("two added tokens")
+    if not config.language.freeze:
+        return (
+            f"The encoder is frozen; what was trained is {', '.join(trained)} and the language model, whose weights "
+            "are in this repository too. The encoder is found by its name."
+        )
+    return (
+        f"Both are frozen; what was trained is {', '.join(trained[:-1])} and {trained[-1]}. Only that is in this "
+        "repository: the backbones are found by their names."
+    )
+
+
 def _metadata(name: str, config: ModelConfig, summary: dict | None, evaluation: dict | None) -> ModelCardData:
     backbones = [each for each in (config.language.name, config.vision.name) if _is_on_a_hub(each)]
     options = (summary or {}).get("options", {})
     data = options.get("data")
     results = [
         EvalResult(
-            task_type="image-to-text", dataset_type=_data_name(options), dataset_name=str(evaluation.get("data")),
+            task_type="image-to-text", dataset_type=_shown(str(evaluation.get("data"))),
+            dataset_name=_shown(str(evaluation.get("data"))),
             dataset_split=evaluation.get("split"), metric_type=metric, metric_value=held["value"], metric_name=metric,
         )
         for metric, held in (evaluation or {}).get("metrics", {}).items()
@@ -81,7 +99,7 @@ def _metadata(name: str, config: ModelConfig, summary: dict | None, evaluation: 
     return ModelCardData(
         library_name="flamingo-classroom", pipeline_tag="image-text-to-text", base_model=backbones or None,
         tags=["flamingo", "vision-language-model", "image-captioning"],
-        datasets=[data] if data and not options.get("data_place") else None,
+        datasets=[data] if data and not options.get("data_place") and _is_an_id(data) else None,
         model_name=name if results else None, eval_results=results or None,
     )  # fmt: skip
 
@@ -91,11 +109,21 @@ def _is_on_a_hub(name: str) -> bool:
     return ":" not in name and name not in LANGUAGE_MODELS | VISION_ENCODERS and not Path(name).exists()
 
 
+def _is_an_id(data: str) -> bool:
+    """As a hub has it, `name` or `owner/name`."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data) is not None
+
+
+def _shown(data: str) -> str:
+    """An id; of somebody's own folders and files the last names alone."""
+    return data if _is_an_id(data) else " + ".join(Path(each.strip()).name for each in data.split(" + "))
+
+
 def _data_name(options: dict) -> str:
-    """What it was trained on; of somebody's own folder the last name alone."""
+    """What it was trained on."""
     if not options.get("data"):
         return "classroom"
-    return Path(options["data"]).name if options.get("data_place") else options["data"]
+    return Path(options["data"]).name if options.get("data_place") else _shown(options["data"])
 
 
 def _training(summary: dict) -> str:
@@ -114,7 +142,7 @@ def _scores(evaluation: dict) -> str:
     """A table: each metric, and what the controls get."""
     controls = {name: held for name, held in evaluation.get("controls", {}).items() if name in SHOWN_INSTEAD and held}
     rows = [
-        f"On {evaluation['n']} pictures of {evaluation.get('data')} ({evaluation.get('split')}).\n",
+        f"On {evaluation['n']} pictures of {_shown(str(evaluation.get('data')))} ({evaluation.get('split')}).\n",
         "| " + " | ".join(["", "this model (95 %)", *(SHOWN_INSTEAD[name] for name in controls)]) + " |",
         "|---" * (2 + len(controls)) + "|",
     ]

@@ -45,7 +45,7 @@ def finish(
     write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
     remove_what_a_finished_run_needs_no_more(folder)
     if summary["steps_left_out"]:
-        print(f"{summary['steps_left_out']} of {summary['steps']} steps were left out (see {folder}/{METRICS})")
+        print(f"{summary['steps_left_out']} steps were left out (see {folder}/{METRICS})")
     print(
         f"trained for {summary['seconds']:.0f} s, weights of step {summary['steps']}: validation loss "
         f"{summary['final_val_loss']:.3f} with the picture, {summary['final_val_loss_blind']:.3f} without\n"
@@ -55,5 +55,6 @@ def finish(
     if device.type == "cuda" and log.options.preset == "classroom":
         free, whole = (number / 2**30 for number in torch.cuda.mem_get_info(device))
         print(
-            f"this GPU has {free:.0f} of {whole:.0f} GiB free: `python train.py --preset opt-125m` would need about 8"
+            f"this GPU has {free:.0f} of {whole:.0f} GiB free: `python train.py --preset opt-125m` would need about 8 "
+            "(an estimate)"
         )

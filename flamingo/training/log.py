@@ -84,7 +84,8 @@ class RunLog:
             self.metrics.flush()
 
     def step(self, step: int, loss: float | None, captions: int, optimizer, bar: tqdm) -> None:
-        """After each optimizer step. loss: mean over its target tokens; None: the step was left out."""
+        """After each optimizer step. loss: mean over its target tokens, and what
+        where.py adds; None: the step was left out."""
         seconds = time.time() - self.launched
         if loss is None:
             self.left_out += 1

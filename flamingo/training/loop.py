@@ -52,7 +52,8 @@ def _seed(options: TrainingOptions, number: int) -> int:
 def some_patches(batch: Batch, step: int, options: TrainingOptions) -> Batch:
     """The batch with a share of each picture's patches, the same places for all; a function of (seed, step) alone.
 
-    (It is to features what a random crop is to pictures. The resampler does not mind how many patches there are.)
+    (It is to features what a random crop is to pictures. The resampler does not mind how many patches there are; what
+    needs them all in their places is refused in presets.py.)
     """
     if options.patches == 1 or batch.features is None:
         return batch

@@ -8,6 +8,7 @@ from torch import nn
 from flamingo.config import TrainingOptions
 from flamingo.model.vlm import VisionLanguageModel
 
+NO_DECAY = ("additional", "latents", "_embs", "query_tokens")  # parts of the names of matrices that do not decay
 REOPENING, SLOWER = 20, 0.02  # steps; times the gates' learning rate from then on
 
 
@@ -25,7 +26,7 @@ def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torc
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim >= 2 and not any(part in name for part in ("additional", "latents", "_embs", "query_"))
+        decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)
         if name.endswith("_gate"):
             gates.append(parameter)
         elif id(parameter) in own:

@@ -2,10 +2,10 @@
 
 What this file teaches: what the state of a training run is. The trained weights, AdamW's two moments of each and its
 step count, and how many steps are done and how many of them were left out; learning rate and data order are functions
-of the steps done (of a stream, how far each shard has been used), and nothing in the loop draws random numbers. All of
-it is one file, `resume.safetensors`, put in place in one step: whenever the run is killed, there is the last whole one.
-So a run that was stopped and resumed ends with the same weights, bit for bit on a CPU, as one that never was. With
-other pictures, captions or backbones it would not, so these are named in it too.
+of the steps done (of a stream, how far each shard has been used), and what the loop draws is one of (seed, step). All
+of it is one file, `resume.safetensors`, put in place in one step: whenever the run is killed, there is the last whole
+one. So a run that was stopped and resumed ends with the same weights, bit for bit on a CPU, as one that never was.
+With other pictures, captions or backbones it would not, so these are named in it too.
 """
 
 import dataclasses

@@ -69,17 +69,19 @@ def train_on_text(options: TrainingOptions, folder: Path) -> None:
     bar = tqdm(range(options.steps), desc="train", unit="step")
     for step in bar:
         set_learning_rate(adamw, step, options)
+        loss = torch.zeros((), device=place)
         for _ in range(options.accumulate):
             rows = next(train).to(place)  # (B, T)
             with autocast(place, dtype):
-                loss = model(rows, labels=rows, use_cache=False).loss
-            (loss / options.accumulate).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
+                part = model(rows, labels=rows, use_cache=False).loss / options.accumulate
+            part.backward()
+            loss += part.detach()
         entry = {"step": step + 1, "loss": loss.item(), "seconds": time.time() - began}
         if not torch.isfinite(loss):
             raise InputError(f"the loss of step {step + 1} is {entry['loss']}: start anew with a smaller --lr")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
         if (step + 1) % options.eval_every == 0 or step + 1 == options.steps:
             entry["val_loss"] = score = validate(model, held_out, place, dtype)
         metrics.write(json.dumps(entry) + "\n")
@@ -120,9 +122,9 @@ def validate(model: PaLMForCausalLM, rows: Tensor, place: torch.device, dtype: s
     """Mean loss, nats a token, of held-out rows (R, T)."""
     model.eval()
     with autocast(place, dtype):
-        losses = [model(some, labels=some, use_cache=False).loss.item() for some in rows.to(place).split(8)]
+        sums = [len(some) * model(some, labels=some, use_cache=False).loss.item() for some in rows.to(place).split(8)]
     model.train()
-    return sum(losses) / len(losses)
+    return sum(sums) / len(rows)
 
 
 # ------------------------------------------------------------------------------------------------------- the text

@@ -8,13 +8,15 @@ comes back through all of these, each of which is of no use before the others wo
 Asked by itself, the first look learns its part in 200, and the rest follows (assets/classroom/EXPERIMENTS.md).
 
 So, where the places of things are known (we drew them), each name is put before the first look alone, with nothing
-around it, and what the look adds is read as the language model's output would be: it should be the word of the place.
+around it, and what the look adds is compared with the token embeddings, as the language model's output is where they
+are its head too: it should be nearest to the word of the place.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo.errors import InputError
 from flamingo.interop import compat
 from flamingo.model.cross_attention import Images, MaskedCrossAttention, MediaMask
 from flamingo.model.language_model import extend_instance
@@ -28,6 +30,13 @@ def ask_where(model: VisionLanguageModel, weight: float) -> bool:
     times `weight`. In place. Returns False, and does nothing, if weight is 0 or there is no cross-attention."""
     if not weight or not model.cross_attention_blocks():
         return False
+    width = model.lang_encoder.get_input_embeddings().weight.shape[1]
+    inner = model.cross_attention_blocks()[0].attn.to_out.out_features
+    if width != inner:
+        raise InputError(
+            f"the language model's token embeddings have {width} channels and its layers {inner}, so a word cannot be "
+            "put before the first look alone: give --where-weight 0"
+        )
     extend_instance(model, AsksWhereMixin)
     model.where_weight, model.images_seen = weight, None
     return True
@@ -41,7 +50,8 @@ class AsksWhereMixin:
         return self.images_seen
 
     def forward(self, *args, places: Tensor | None = None, **kwargs):
-        """places: (W, 3), see `where_loss`; no loss is added where there are none, or in evaluation."""
+        """places: (W, 3), see `where_loss`; no loss is added where there are none, or in evaluation. (So the training
+        loss of the log, not the validation loss, has it in it from part three of the curriculum on.)"""
         output = super().forward(*args, **kwargs)
         images, self.images_seen = self.images_seen, None
         if self.training and places is not None and images is not None:
@@ -61,7 +71,7 @@ def where_loss(lm, look: MaskedCrossAttention, latents: Tensor, places: Tensor) 
     """
     picture, thing, place = places.unbind(dim=1)  # (W,) each
     words = lm.get_input_embeddings().weight  # (vocabulary, D)
-    x = words[thing]  # (W, D)
+    x = words[thing] * compat.embedding_scale(lm.get_input_embeddings())  # (W, D)
     if (positions := compat.position_table(lm)) is not None:  # wherever the word may stand in a text
         x = x + positions[torch.randint(min(LONGEST, len(positions)), thing.shape, device=x.device)]
     sees_image = torch.ones_like(picture, dtype=torch.bool)[:, None, None]
