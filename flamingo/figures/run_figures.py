@@ -25,19 +25,17 @@ def training_figure(
     steps: Sequence[int],
     losses: Sequence[float],
     validations: Sequence[dict],
-    gates: Sequence[dict],
     kept: int | None = None,
 ) -> None:
     """The course of a run: losses with and without the picture, and how far each gate has opened.
 
     Args:
         steps, losses: training loss by optimizer step.
-        validations: {"step", "val_loss", "val_loss_blind"} of each validation.
-        gates: {"step", "attn": [one per layer], "ff": [one per layer]} of each validation, as tanh(gate); a model
-            without gates has empty lists.
+        validations: {"step", "val_loss", "val_loss_blind", "attn": [one per layer], "ff": [one per layer]} of each
+            validation; the gates as tanh(gate), a model without any has empty lists.
         kept: step of the weights that are kept, marked if it is given and not the last.
     """
-    layers = len(gates[0]["attn"]) if gates else 0
+    layers = len(validations[0]["attn"]) if validations else 0
     figure, axes = plt.subplots(1, 2 if layers else 1, figsize=(11 if layers else 5.5, 4), squeeze=False)
     left, right = axes[0, 0], axes[0, -1]
     left.plot(steps, losses, color=COLORS["train"], lw=0.8, alpha=0.7, label="training")
@@ -54,10 +52,9 @@ def training_figure(
     left.legend(frameon=False)
     colors = plt.get_cmap("viridis")([i / max(1, layers - 1) * 0.9 for i in range(layers)])
     for layer in range(layers):
-        x = [entry["step"] for entry in gates]
         label = f"look {layer + 1}" if layers <= 6 or layer % 3 == 0 else None
-        right.plot(x, [entry["attn"][layer] for entry in gates], color=colors[layer], label=label)
-        right.plot(x, [entry["ff"][layer] for entry in gates], color=colors[layer], ls=":")
+        right.plot(at, [entry["attn"][layer] for entry in validations], color=colors[layer], label=label)
+        right.plot(at, [entry["ff"][layer] for entry in validations], color=colors[layer], ls=":")
     if layers:
         right.axhline(0, color="black", lw=0.5)
         title = "Gates (attention —, feed-forward ···)"

@@ -122,12 +122,7 @@ class RunLog:
         self._draw(
             "training.png",
             lambda path: run_figures.training_figure(
-                path,
-                list(self.losses),
-                list(self.losses.values()),
-                self.validations,
-                self.validations,
-                self.kept()["step"],
+                path, list(self.losses), list(self.losses.values()), self.validations, self.kept()["step"]
             ),
         )
 
