@@ -149,7 +149,8 @@ class _End:
     all_is_well = False
 
     def __call__(self) -> None:
-        if self.all_is_well:
+        error_after_it = hasattr(sys, "last_value")  # one that nobody caught: it has an exit code of its own
+        if self.all_is_well and not error_after_it:
             for stream in filter(None, (sys.stdout, sys.stderr)):  # None where a shell has closed it
                 stream.flush()
             os._exit(0)

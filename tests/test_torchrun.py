@@ -192,6 +192,9 @@ with ranks.joined("command.py"):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["left for the exit"] * 2
+    script.write_text(script.read_text() + "raise KeyError('ours')\n")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and "KeyError: 'ours'" in done.stderr
 
 
 def test_a_restart_needs_a_name(tmp_path):
