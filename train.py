@@ -92,7 +92,6 @@ def main(options: TrainingOptions, folder: Path) -> None:
         optimizer.set_learning_rate(adamw, step, options, reopening)
         group = [loop.some_patches(next(stream), step, options) for _ in range(options.accumulate)]
         loop.seed_dropout(step, options)
-        device.make_room_for(max(batch.input_ids.numel() for batch in group))
         targets, captions = ranks.total(sum(b.targets for b in group), sum(len(b.input_ids) for b in group))
         loss = torch.zeros((), device=place)
         for batch in group:

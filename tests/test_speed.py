@@ -1,6 +1,10 @@
 """What makes training fast or small must not change what is computed."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +29,8 @@ from flamingo.interop import compat
 from flamingo.model.added_tokens import DecoupledLinear
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.optimizer import make_optimizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def loss_and_gradients(model, texts, pictures, **options):
@@ -314,3 +320,36 @@ def test_a_compiled_step_computes_the_same(texts, pictures):
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-3, atol=1e-4)
     assert model.trainable_state_dict().keys() == gradients.keys()  # compiling renames nothing
+
+
+SHAPES = """
+import sys
+import torch
+from flamingo.fast import device
+
+if sys.argv[1] == "tuned":
+    device.tune(torch.device("cpu"))
+held = lambda: int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1e3
+linear, x = torch.nn.Linear(192, 192).bfloat16(), torch.randn(1000, 192).bfloat16()
+linear(x[:1])
+before = held()
+for rows in range(10, 410):
+    linear(x[:rows])
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_products_of_many_shapes_do_not_fill_the_memory():
+    """No two batches of a run are alike, and oneDNN has a plan of its own for each shape."""
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+
+    def megabytes(how: str) -> float:
+        command = [sys.executable, "-c", SHAPES, how]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    usual = megabytes("as it is")
+    if usual < 100:
+        pytest.skip(f"this torch keeps no plans on this CPU ({usual:.0f} MB after 400 shapes)")
+    assert megabytes("tuned") < 0.4 * usual

@@ -74,17 +74,12 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def make_room_for(tokens: int) -> None:
-    """Before a batch of many tokens (documents; more than 2,048) give back what others left in pieces, which its large
-    tensors do not fit into: a classroom run would grow by half a gigabyte."""
-    if tokens > 2048:
-        give_back_freed_memory()
-
-
 def keep_few_plans() -> None:
-    """oneDNN, which multiplies matrices on CPUs, keeps a plan and its memory for each shape it has met, 1024 of them.
-    Few batches have the same number of words and labels, so a run would gather gigabytes that it never uses again."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at the first product
+    """oneDNN, which multiplies matrices on CPUs, keeps a plan with its own machine code for each shape it has met, and
+    torch keeps 1024 of them beside. Few batches have the same number of words and labels, so a run would gather
+    hundreds of megabytes that it never uses again."""
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+        os.environ.setdefault(cache, "64")
 
 
 def use_tf32() -> None:
