@@ -165,12 +165,12 @@ def training_options(values: dict, flag: Callable[[str], str] = str) -> Training
     options.cache = "off" if options.cache.lower() == "off" else options.cache
     reads = options.steps * options.accumulate * options.batch_size
     in_range(" times ".join(map(flag, ("steps", "accumulate", "batch_size"))), reads, 1, 10**15)
-    _must_be_read(options, flag)
     return options
 
 
-def _must_be_read(options: TrainingOptions, flag: Callable[[str], str]) -> None:
-    """Raises InputError for an option that was given where it changes nothing, or cannot be done."""
+def must_be_read(options: TrainingOptions, flag: Callable[[str], str]) -> None:
+    """Raises InputError for an option that was given where it changes nothing, or cannot be done. (Of a command line: a
+    run folder that was trained with one is still read.)"""
     if is_text_only(options.preset):
         return  # training/text.py says what it reads
     config, defaults = model_config(options), TrainingOptions()

@@ -44,9 +44,13 @@ def loss_and_gradients(model, texts, pictures, **options):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("every", [1, 2])  # 2: every second layer looks, and the others are checkpointed all the same
+@pytest.mark.parametrize("every", [1, 4])  # 4: one layer of four looks, and the others are checkpointed all the same
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(texts, pictures, every):
-    model = tiny_flamingo(xattn_every=every)
+    def made():
+        torch.manual_seed(0)
+        return tiny_flamingo(lm=tiny_lm(layers=4), xattn_every=every)
+
+    model = made()
     before, gradients = loss_and_gradients(model, texts, pictures)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -54,13 +58,12 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(texts, pictures, 
         without, kept[:] = sum(kept), []
         checkpoint_layers(model)
         again, gradients_again = loss_and_gradients(model, texts, pictures)
-    assert sum(kept) < (0.8 if every == 1 else 0.7) * without
+    assert sum(kept) < (0.8 if every == 1 else 0.4) * without
     assert again == before and gradients_again.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_again[name], gradient)
     prompt, options = texts[:, :3], {"max_new_tokens": 4, "pixel_values": pictures[:, :1]}
-    fresh = tiny_flamingo(xattn_every=every)
-    assert torch.equal(model.generate(prompt, **options), fresh.generate(prompt, **options))
+    assert torch.equal(model.generate(prompt, **options), made().generate(prompt, **options))
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -7,7 +7,7 @@ from pathlib import Path
 from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError, OneSentenceParser
-from flamingo.presets import PRESETS, training_options
+from flamingo.presets import PRESETS, must_be_read, training_options
 from flamingo.run_folder import RESUME_POINT
 
 
@@ -48,7 +48,9 @@ def parse_training_options(argv: list[str]) -> TrainingOptions:
         folder = given.pop("resume") or given.get("out") or f"runs/{preset}"
         return options_to_resume(Path(folder).expanduser(), given)
     recipe = PRESETS.get(preset, {}).get("training", {})
-    options = training_options(recipe | given, lambda name: "--" + name.replace("_", "-"))
+    flag = lambda name: "--" + name.replace("_", "-")  # noqa: E731
+    options = training_options(recipe | given, flag)
+    must_be_read(options, flag)
     if options.data is not None and os.path.exists(options.data):
         options.data_place = os.path.abspath(options.data)
     return options
