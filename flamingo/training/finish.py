@@ -45,7 +45,7 @@ def finish(
     write_json(folder / SUMMARY, summary)  # last: a run folder with a summary is a whole one
     remove_what_a_finished_run_needs_no_more(folder)
     if summary["steps_left_out"]:
-        print(f"{summary['steps_left_out']} steps were left out (see {folder}/{METRICS})")
+        print(f"steps left out: {summary['steps_left_out']} (see {folder}/{METRICS})")
     print(
         f"trained for {summary['seconds']:.0f} s, weights of step {summary['steps']}: validation loss "
         f"{summary['final_val_loss']:.3f} with the picture, {summary['final_val_loss_blind']:.3f} without\n"
