@@ -1,5 +1,6 @@
 """The classroom scenes as training examples: what `python train.py` learns from when nothing else is named."""
 
+import functools
 import random
 
 from torch.utils.data import Dataset
@@ -61,6 +62,7 @@ class ClassroomScenes(Dataset):
         """The texts of an example, without its pictures."""
         return self._plan(index)[1]
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (the sampler asks for a window's lengths, then for its examples)
     def _plan(self, index: int) -> tuple[list[scenes.Scene], list[list[Chunk]]]:
         """The scenes of an example and the texts about them."""
         rng = random.Random(f"example {self.seed} {self.split} {index}")

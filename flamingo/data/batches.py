@@ -120,6 +120,7 @@ class Collate:
 
     def __init__(self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False, places: bool = False):
         self.processor, self.max_tokens, self.layout, self.places = processor, max_tokens, layout, places
+        self._tokens: dict[str, int] = {}  # of the words that say where things stand: few, and asked for again
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         count, index_rows, places = 0, [], []  # count: pictures in the bank so far
@@ -139,11 +140,13 @@ class Collate:
 
     def _token_of(self, word: str) -> int:
         """The last token of a word as it stands in a text."""
-        return self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1]
+        if word not in self._tokens:
+            self._tokens[word] = self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1]
+        return self._tokens[word]
 
     def tokens(self, texts: Sequence[Sequence[Chunk]]) -> tuple[dict[str, Tensor], int]:
         """Texts → ({"input_ids", "attention_mask", "labels"} (B, T_txt), how many of them were cut)."""
-        encoded = [self.processor.encode_chunks(text) for text in texts]
+        encoded = self.processor.encode_texts(texts)
         input_ids, attention_mask = self.processor.pad([ids[: self.max_tokens] for ids, _ in encoded])
         prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, (_, is_prompt) in zip(prompt_mask, encoded, strict=True):

@@ -5,9 +5,11 @@ again from them; no weights are needed for that.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers.image_transforms import to_pil_image
@@ -56,7 +58,7 @@ def _load_from_web(address: str) -> Image.Image:
 
 
 class Preprocess:
-    """PIL picture → (C, H, W), by settings that JSON can hold.
+    """PIL pictures → (N, C, H, W), by settings that JSON can hold.
 
     settings: {"library": "open_clip", …} with the fields of open_clip's PreprocessCfg, or {"library":
     "transformers", …} with those of a CLIPImageProcessor.
@@ -71,12 +73,18 @@ class Preprocess:
             from transformers import CLIPImageProcessor
 
             processor = CLIPImageProcessor.from_dict(rest)
-            self._apply = lambda picture: processor(images=picture, return_tensors="pt").pixel_values[0]
+            one = lambda picture: processor(images=picture, return_tensors="pt").pixel_values[0]  # noqa: E731
+            self._apply = lambda pictures: torch.stack([one(picture) for picture in pictures])
         else:
             raise InputError(f"preprocessing of an unknown library: {settings.get('library')!r}")
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        return self._apply(to_rgb(picture))
+        """(C, H, W)"""
+        return self.all([picture])[0]
+
+    def all(self, pictures: Iterable[Image.Image]) -> Tensor:
+        """(N, C, H, W): the same for each as alone, sooner."""
+        return self._apply(map(to_rgb, pictures))  # one after the other is in memory in its own size
 
     def __repr__(self) -> str:
         return f"Preprocess({self.settings})"

@@ -232,7 +232,7 @@ class FlamingoProcessor(ProcessorMixin):
     def preprocess_images(self, pictures: Picture | Iterable[Picture]) -> Tensor:
         """N pictures (see `__call__`) → (N, F=1, C, H, W)."""
         pictures = [pictures] if is_picture(pictures) else pictures
-        return torch.stack([self.image_processor(as_pil(picture)) for picture in pictures])[:, None]
+        return self.image_processor.all(map(as_pil, pictures))[:, None]
 
     def batch_decode(self, sequences: Tensor, skip_special_tokens: bool = True, **options) -> list[str]:
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **options)
@@ -276,27 +276,38 @@ class FlamingoProcessor(ProcessorMixin):
         return pixels
 
     # -------------------------------------------------------------------------- for training and evaluation
-    def _ids(self, text: str) -> list[int]:
-        """Of a text in which </s> or <image> are letters like any other: the special tokens are put in by us alone."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-
     def encode_chunks(self, chunks: Sequence[Chunk], *, open_end: bool = False) -> tuple[list[int], list[bool]]:
         """A text → its token ids, and for each whether it belongs to a *prompt*: given, so that no loss is on it.
 
         open_end: leave the last chunk without caption and <|endofchunk|>, for the model to finish.
         """
-        ids, is_prompt = list(self.begin_ids), [True] * len(self.begin_ids)
-        for i, chunk in enumerate(chunks):
-            given = [self.media_token_id] if chunk.picture is not None else []
-            given += self._ids(f" {chunk.prompt}") if chunk.prompt else []
-            target = self._ids(f" {chunk.caption}") if chunk.caption else []
-            if chunk.picture is not None or chunk.closed:
-                target = [*target, self.eoc_token_id]
-            if open_end and i == len(chunks) - 1:
-                target = []
-            ids += given + target
-            is_prompt += [True] * len(given) + [False] * len(target)
-        return ids, is_prompt
+        return self.encode_texts([chunks], open_end=open_end)[0]
+
+    def encode_texts(
+        self, texts: Sequence[Sequence[Chunk]], *, open_end: bool = False
+    ) -> list[tuple[list[int], list[bool]]]:
+        """`encode_chunks` of each: all strings in one call of the tokenizer, which costs more than a caption does."""
+        parts = (part for text in texts for chunk in text for part in (chunk.prompt, chunk.caption) if part)
+        strings = list(dict.fromkeys(f" {part}" for part in parts))
+        # A text in which </s> or <image> are letters like any other: the special tokens are put in by us alone.
+        letters = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids = dict(zip(strings, self.tokenizer(strings, **letters).input_ids, strict=True)) if strings else {}
+        begin, image, end = self.begin_ids, self.media_token_id, self.eoc_token_id
+        encoded = []
+        for text in texts:
+            row, is_prompt = list(begin), [True] * len(begin)
+            for i, chunk in enumerate(text):
+                given = [image] if chunk.picture is not None else []
+                given += ids[f" {chunk.prompt}"] if chunk.prompt else []
+                target = ids[f" {chunk.caption}"] if chunk.caption else []
+                if chunk.picture is not None or chunk.closed:
+                    target = [*target, end]
+                if open_end and i == len(text) - 1:
+                    target = []
+                row += given + target
+                is_prompt += [True] * len(given) + [False] * len(target)
+            encoded.append((row, is_prompt))
+        return encoded
 
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right", least: int = 0) -> tuple[Tensor, Tensor]:
         """Token ids of unequal length → input_ids and attention_mask (B, T_txt). Left for generation.

@@ -1,9 +1,11 @@
 """Of open_clip, timm and transformers' CLIP: patch tokens and grids of features of their towers, what their weights
 were trained on, QuickGELU, their pictures' settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from flamingo.errors import InputError
@@ -77,11 +79,28 @@ def trained_with_quick_gelu(model_name: str, pretrained: str) -> tuple[bool, boo
     return weights, open_clip.get_model_config(model_name).get("quick_gelu", False)
 
 
-def open_clip_transform(settings: dict) -> Callable:
-    """PIL picture → (C, H, W), by the fields of open_clip's PreprocessCfg."""
+def open_clip_transform(settings: dict) -> Callable[[Iterable[Image.Image]], Tensor]:
+    """RGB pictures → (N, C, H, W), by the fields of open_clip's PreprocessCfg. What is arithmetic alone is done for all
+    pictures at once: at a few thousand pixels each a call costs more than the numbers."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
+    from torchvision.transforms import Normalize
 
-    return image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    *steps, _, normalize = image_transform_v2(PreprocessCfg(**settings), is_train=False).transforms
+    if not isinstance(normalize, Normalize):
+        raise unlike("open_clip_torch", f"ends the preparation of a picture with {type(normalize).__name__}")
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (normalize.mean, normalize.std))
+
+    def sized(picture: Image.Image) -> np.ndarray:
+        for step in steps:
+            picture = step(picture)
+        return np.asarray(picture)
+
+    def transform(pictures: Iterable[Image.Image]) -> Tensor:
+        bytes_ = torch.from_numpy(np.stack([sized(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        shares = bytes_.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        return shares.sub_(mean).div_(std)
+
+    return transform
 
 
 # ---------------------------------------------------------------------------- transformers: its CLIP's vision half
