@@ -27,7 +27,7 @@ from flamingo.training.sources import training_sets
 PARTS = {
     "data": "draw the scenes, tell them, make the batch", "encode": "frozen vision encoder",
     "forward": "resampler, cross-attention, language model", "backward": "gradients of what trains",
-    "update": "clip the gradient, AdamW",
+    "update": "clip the gradient, Muon and AdamW",
 }  # fmt: skip
 
 

@@ -238,6 +238,9 @@ class TrainingOptions:
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(64, "examples per step (an example: a picture with its captions, or a document)")
     accumulate: int = option(1, "batches whose gradients are added up before each optimizer step")
+    optimizer: str = option(
+        "adamw", "adamw, or muon for the matrices of the new parts and AdamW for the rest (flamingo/training/muon.py)"
+    )
     lr: float = option(1e-3, "peak learning rate of all that trains but the gates")
     gate_lr: float = option(0.05, "peak learning rate of the tanh gates")
     lm_lr: float = option(1e-4, "peak learning rate of the language model, where its own weights or a LoRA train")

@@ -31,7 +31,7 @@ BAD_TRAINING = (
        if name not in ("seed", "weight_decay", "warmup_steps", "workers", "gate_opening", "gate_reopening",
                        "where_weight", "skip_bad_steps", "patience")]
     + [[f"--{name}", value] for name in ("out", "cache", "data", "lm", "clip-model-type", "device", "dtype", "preset",
-                                         "image-column", "caption-columns") for value in ("", "  ")]
+                                         "optimizer", "image-column", "caption-columns") for value in ("", "  ")]
     + [["--seed", str(2**64)], ["--steps", str(10**12)], ["--batch-size", "9999999", "--steps", "999999999"]]
     + [["--set", text] for text in (
         "tokenizer.depth=1000000", "tokenizer.depth=0", "tokenizer.heads=-1", "tokenizer.num_latents=99999999",

@@ -33,7 +33,7 @@ class ClassroomScenes(Dataset):
     pictures show (`one_word`): both can only be looked up in the examples, picture by picture.
     """
 
-    LAYOUTS = (1, 1, 2, 2, 4)  # weights: one thing is learned first, what stands where among three last
+    LAYOUTS = (1, 3, 4, 4, 4)  # weights: one thing is learned first, how many there are and what stands where last
     DOCUMENTS, NAMINGS, RULES = 0.25, 0.2, 0.15  # shares of the examples
     DOCUMENT_LENGTHS = (2, 3, 4, 9)  # scenes; drawn from: as many as an evaluation shows at most
     QUESTIONS = 0.2  # share of the texts, of documents too

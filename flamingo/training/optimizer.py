@@ -1,4 +1,4 @@
-"""AdamW, its three groups, and the learning rate of each step."""
+"""The optimizer, its groups, and the learning rate of each step."""
 
 import math
 
@@ -7,20 +7,22 @@ from torch import nn
 
 from flamingo.config import TrainingOptions
 from flamingo.model.vlm import VisionLanguageModel
+from flamingo.training.muon import MuonAdamW
 
 NO_DECAY = ("additional", "latents", "_embs", "query_tokens")  # parts of the names of matrices that do not decay
 REOPENING, SLOWER = 20, 0.02  # steps; times the gates' learning rate from then on
 
 
 def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW over what trains and nothing else, in three groups, and more if the language model or its LoRA trains.
+    """AdamW over what trains and nothing else, in three groups, and more if the language model or its LoRA trains; or
+    Muon for the matrices of what is new (`options.optimizer`).
 
     Only matrices decay: pulling gates, norms, latents or embeddings towards 0 would mean something. The gates learn
     much faster than the rest: tanh(0) = 0 lets through neither signal nor gradient, so until they open nothing else
     in the block gets a gradient, and at the common rate they hardly open. A language model that knows its language
     already learns more slowly than what is new (`lm_lr`).
     """
-    gates, matrices, rest, lm_matrices, lm_rest = [], [], [], [], []
+    gates, muon, matrices, rest, lm_matrices, lm_rest = [], [], [], [], [], []
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     own = {id(p) for part in (model.vision_tokenizer, *model.added_parts()) for p in part.parameters()}
     for name, parameter in model.named_parameters():
@@ -29,11 +31,14 @@ def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torc
         decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)
         if name.endswith("_gate"):
             gates.append(parameter)
+        elif id(parameter) in own and decays:
+            (muon if options.optimizer == "muon" and parameter.ndim == 2 else matrices).append(parameter)
         elif id(parameter) in own:
-            (matrices if decays else rest).append(parameter)
+            rest.append(parameter)
         else:
             (lm_matrices if decays and id(parameter) not in tables else lm_rest).append(parameter)
     groups = [
+        {"params": muon, "lr": options.lr, "weight_decay": options.weight_decay, "muon": True},
         {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
         {"params": rest, "lr": options.lr, "weight_decay": 0.0},
         {"params": gates, "lr": options.gate_lr, "weight_decay": 0.0},
@@ -43,7 +48,8 @@ def make_optimizer(model: VisionLanguageModel, options: TrainingOptions) -> torc
     groups = [group for group in groups if group["params"]]
     for group in groups:
         group["peak_lr"], group["is_gates"] = group["lr"], group["params"] is gates
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    kind = MuonAdamW if muon else torch.optim.AdamW
+    return kind(groups, betas=(0.9, 0.98), fused=True)
 
 
 def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
