@@ -215,7 +215,8 @@ def test_the_story_of_the_committed_run():
     losses, opened, validations = story.curves(story.COMMITTED)
     assert {"training", "validation", "validation, picture taken away"} == set(losses["of"])
     assert {"attn 1", "ff 2"} < set(opened["of"]) and len(validations) == 8
-    score = f"{json.loads((story.COMMITTED / "evaluation.json").read_text())['exact_match']:.3f}"
+    evaluation = json.loads((story.COMMITTED / "evaluation.json").read_text())
+    score = f"{evaluation['exact_match']:.3f}"
     scores = story.scores(story.COMMITTED)
     assert scores["exact match"] == score and "It looks" in scores["verdict"]
     assert score in story.table_html({story.COMMITTED: scores, story.Path("other"): {}})
