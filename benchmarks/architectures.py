@@ -1,10 +1,9 @@
 """Flamingo, Kosmos, BLIP and LLaVA (with LoRA too) on one classroom: what each has learned, and what each costs.
 
-    python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER]
-    python -m benchmarks.architectures -- --steps 840        all see as many captions as Flamingo's preset does
+    python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER] [-- --steps 400]
 
 All are trained by `python train.py` (what follows -- are further options of it) on the same scenes in the same order,
-each for as many steps as its preset has, and take the same exam (evaluate.py). Beside that, of a fresh model: how the
+for as many steps, and take the same exam (evaluate.py). Beside that, of a fresh model: how the
 time of reading a text grows with its pictures, and what has to be kept of them for each further token. A run folder
 that is whole is not trained again, and an exam that was taken is not taken again.
 """
