@@ -9,6 +9,8 @@ Sources: K. Jordan et al., "Muon: An optimizer for hidden layers in neural netwo
 J. Liu et al., "Muon is Scalable for LLM Training" (2025). torch.optim.Muon (torch 2.9) is the same, for matrices only.
 """
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -23,34 +25,44 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for parameter in group["params"] if group.get("muon") else ():
-                if parameter.grad is not None:
-                    self._turn(parameter, group)
-                    parameter.grad = None  # AdamW leaves out what has none
+            alike = defaultdict(list)  # of one shape: many small products are done sooner together
+            for weight in group["params"] if group.get("muon") else ():
+                if weight.grad is not None:
+                    alike[weight.shape].append(weight)
+            for weights in alike.values():
+                self._turn(weights, group)
         super().step()
 
-    def _turn(self, weight: Tensor, group: dict) -> None:
-        """One step of a matrix (out, in), with Nesterov's momentum and weight decay."""
+    def _turn(self, weights: list[Tensor], group: dict) -> None:
+        """One step of matrices (out, in), with weight decay."""
+        directions = orthogonal(torch.stack([self._momentum(weight) for weight in weights]))
+        size = SIZE * max(weights[0].shape) ** 0.5
+        for weight, direction in zip(weights, directions, strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * size)
+            weight.grad = None  # AdamW leaves out what has none
+
+    def _momentum(self, weight: Tensor) -> Tensor:
+        """The gradients so far, the newest counting twice (Nesterov)."""
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())  # without one AdamW takes its state for damaged
             state["momentum"] = torch.zeros_like(weight)
         state["momentum"].mul_(MOMENTUM).add_(weight.grad)
-        direction = orthogonal(weight.grad.add(state["momentum"], alpha=MOMENTUM))
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(direction, alpha=-group["lr"] * SIZE * max(weight.shape) ** 0.5)
+        return weight.grad.add(state["momentum"], alpha=MOMENTUM)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """U S Vᵀ (a, b) → about U Vᵀ: its singular values become 0.7 to 1.2, whatever they were.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Each U S Vᵀ of (k, a, b) → about U Vᵀ: its singular values become 0.7 to 1.2, whatever they were.
 
     By Newton and Schulz's iteration: with X Xᵀ one can compute an odd polynomial of the singular values without knowing
     them, here f(s) = αs + βs³ + γs⁵, which round by round drives them towards 1. bfloat16 is precise enough.
     """
-    x = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.bfloat16().T
-    x = x / x.norm().clamp(min=1e-7)  # now no singular value is above 1
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonal(matrices.mT).mT  # X Xᵀ is the smaller product of both
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
     α, β, γ = COEFFICIENTS
     for _ in range(ROUNDS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=β, alpha=γ), x, beta=α)
-    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=β, alpha=γ), x, beta=α)
+    return x.to(matrices.dtype)
