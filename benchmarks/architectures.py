@@ -3,7 +3,7 @@
     python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER] [-- --steps 400]
 
 All are trained by `python train.py` (what follows -- are further options of it) on the same scenes in the same order,
-for as many steps, and take the same exam (evaluate.py). Beside that, of a fresh model: how the
+each for as many steps as its preset has, and take the same exam (evaluate.py). Beside that, of a fresh model: how the
 time of reading a text grows with its pictures, and what has to be kept of them for each further token. A run folder
 that is whole is not trained again, and an exam that was taken is not taken again.
 """

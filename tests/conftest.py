@@ -1,5 +1,6 @@
 """A Flamingo small enough to build in a blink: random weights, real classes."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from flamingo.errors import run_command
 from flamingo.fast.enable import enable
+from flamingo.files import asset
 from flamingo.model.build import build_from_parts
 from flamingo.model.vlm import SpecialTokens, VisionLanguageModel
 from flamingo.settings import from_flat
@@ -52,6 +54,11 @@ def open_the_gates(model: VisionLanguageModel) -> VisionLanguageModel:
             if name.endswith("_gate"):
                 parameter.fill_(0.8)
     return model.eval()
+
+
+def committed_evaluation() -> dict:
+    """What evaluate.py found of the committed run."""
+    return json.loads((asset("classroom/flamingo") / "evaluation.json").read_text())
 
 
 def tiny_flamingo(

@@ -1,6 +1,5 @@
 """The page's model and tabs, without a browser (test_demo_page.py drives them with one)."""
 
-import json
 import random
 import re
 import threading
@@ -8,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from conftest import committed_evaluation
 from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the page needs requirements-demo.txt")
@@ -215,8 +215,7 @@ def test_the_story_of_the_committed_run():
     losses, opened, validations = story.curves(story.COMMITTED)
     assert {"training", "validation", "validation, picture taken away"} == set(losses["of"])
     assert {"attn 1", "ff 2"} < set(opened["of"]) and len(validations) == 8
-    evaluation = json.loads((story.COMMITTED / "evaluation.json").read_text())
-    score = f"{evaluation['exact_match']:.3f}"
+    score = f"{committed_evaluation()['exact_match']:.3f}"
     scores = story.scores(story.COMMITTED)
     assert scores["exact match"] == score and "It looks" in scores["verdict"]
     assert score in story.table_html({story.COMMITTED: scores, story.Path("other"): {}})

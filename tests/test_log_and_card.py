@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from conftest import committed_evaluation
 from huggingface_hub import ModelCard
 from test_commands import one_sentence, run
 
@@ -79,7 +80,7 @@ def test_a_finished_run_has_a_card_and_its_evaluation_adds_the_scores(finished):
 
 def committed_score() -> tuple[str, str]:
     """Exact match of the committed run, and with its interval."""
-    headline = json.loads((COMMITTED / "evaluation.json").read_text())["metrics"]["exact_match"]
+    headline = committed_evaluation()["metrics"]["exact_match"]
     return f"{headline['value']:.3f}", f"{headline['value']:.3f} ({headline['low']:.3f} to {headline['high']:.3f})"
 
 

@@ -11,6 +11,7 @@ import train
 from flamingo.errors import InputError
 from flamingo.run_folder import RESUME_POINT, in_run_folder
 from flamingo.training.command_line import parse_training_options
+from flamingo.training.log import RunLog
 from flamingo.training.muon import MuonAdamW, orthogonal
 from flamingo.training.optimizer import make_optimizer
 
@@ -85,21 +86,20 @@ def test_a_run_that_was_stopped_ends_as_one_that_never_was(tmp_path, monkeypatch
     run = lambda *argv: in_run_folder(train.main, parse_training_options([*map(str, argv)]))  # noqa: E731
     run(*short, "--out", whole)
 
-    from flamingo.training.log import RunLog
-
     step = RunLog.step
-    stop = lambda log, number, *rest: _stop() if number == 3 else step(log, number, *rest)  # noqa: E731
-    monkeypatch.setattr(RunLog, "step", stop)
+
+    def stop_at_the_fourth(log, number, *rest):
+        if number == 3:
+            raise KeyboardInterrupt
+        step(log, number, *rest)
+
+    monkeypatch.setattr(RunLog, "step", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run(*short, "--out", stopped)
     monkeypatch.undo()
     assert (stopped / RESUME_POINT).exists()
     run("--resume", stopped)
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
-def _stop():
-    raise KeyboardInterrupt
 
 
 def test_an_optimizer_that_there_is_not_is_a_sentence():

@@ -56,7 +56,7 @@ class FlamingoProcessor(ProcessorMixin):
 
     Args:
         tokenizer: a Hugging Face tokenizer; `add_flamingo_tokens` has been called on it.
-        image_processor: PIL picture → (C, H, W).
+        image_processor: PIL pictures → (N, C, H, W).
 
     Raises TypeError without the second: what flamingo-mini calls `FlamingoProcessor(config)` is here
     `FlamingoModel(config).processor`, because what prepares a picture comes with the encoder's weights.
