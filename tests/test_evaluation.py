@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from flamingo.classroom.invented import is_held_out
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError
 from flamingo.evaluation import attention, controls, neighbours
+from flamingo.evaluation.confusions import confusions
 from flamingo.evaluation.few_shot import FewShot, check_shots, choose_examples, curve, prompt_text
 from flamingo.evaluation.parts import FILE, Parts
 from flamingo.evaluation.predictor import Predictor
@@ -520,3 +522,19 @@ def test_a_browser_shows_the_report_on_a_phone_and_its_filter_works(result, test
     browse(tmp_path, page, "--window-size=500,900", f"--screenshot={tmp_path}/phone.png")
     with Image.open(tmp_path / "phone.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10  # not an empty page
+
+
+def test_a_wrong_caption_is_filed_under_what_is_wrong_in_it():
+    scene = scenes.composed(random.Random(0), "row", ("apple", "cat"), "blue")
+    truth = scene.caption("quiz")
+    assert truth == "what? an apple and a cat. how many? two. which ground? blue."
+    wrong = {
+        "objects": "what? an apple and a dog. how many? two. which ground? blue.",
+        "places": "what? a cat and an apple. how many? two. which ground? blue.",
+        "counts": "what? two cats. how many? two. which ground? blue.",
+        "articles": "what? a apple and a cat. how many? two. which ground? blue.",
+    }
+    for kind, caption in wrong.items():
+        found = confusions([scene], [truth], [caption])
+        assert [name for name, counter in found.items() if counter] == [kind], caption
+    assert not any(confusions([scene], [truth], [truth]).values())

@@ -1,4 +1,4 @@
-"""What is confused? Wrong captions of the classroom, sorted by what is wrong in them: objects, places or counts.
+"""What is confused? Wrong captions of the classroom, sorted by what is wrong: objects, places, counts or articles.
 
 What this file teaches: a score hides its causes. A model that takes the middle thing for the left one has the same
 exact match as one that cannot tell a camel from a goat, and needs another remedy. Since every fact of a scene is known,
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from flamingo.classroom import scenes
 
-KINDS = ("objects", "places", "counts")
+KINDS = ("objects", "places", "counts", "articles")
 SHOWN = 2  # of the commonest confusions of a kind
 PLACES = {1: ("the thing",), 2: ("the first", "the second"), 3: ("the left", "the middle", "the right")}
 
@@ -27,6 +27,11 @@ def _numbers_in(caption: str) -> list[str]:
     return [word for word in re.findall(r"[a-z]+", caption.lower()) if word in scenes.COUNTS]
 
 
+def _articles_in(caption: str) -> list[tuple[str, str]]:
+    """[("an", "owl"), …], in its order."""
+    return re.findall(r"\b(an?) ([a-z]+)", caption.lower())
+
+
 def _count(caption: str) -> str:
     """Its number words, or how many things it names."""
     return " ".join(_numbers_in(caption)) or f"{len(names_in(caption))} named"
@@ -34,7 +39,8 @@ def _count(caption: str) -> str:
 
 def confusions(drawn: Sequence[scenes.Scene], truths: Sequence[str], captions: Sequence[str]) -> dict[str, Counter]:
     """{"objects": Counter({"goat for camel": 3, …}), "places": …, "counts": …}, a wrong caption under each kind that
-    it belongs to: a thing that is not in the picture; a thing of the picture in another's place; another number."""
+    it belongs to: a thing that is not in the picture; a thing of the picture in another's place; another number; "a"
+    for "an", which has to be said before the name."""
     found = {kind: Counter() for kind in KINDS}
     for scene, truth, caption in zip(drawn, truths, captions, strict=True):
         right, named = names_in(truth), names_in(caption)
@@ -48,11 +54,14 @@ def confusions(drawn: Sequence[scenes.Scene], truths: Sequence[str], captions: S
                     places = PLACES[len(scene.names)]
                     other, own = (places[scene.names.index(thing)] for thing in (name, expected))
                     found["places"][f"{other} for {own}"] += 1
+            for (expected, name), (article, same) in zip(_articles_in(truth), _articles_in(caption), strict=False):
+                if name == same and article != expected:
+                    found["articles"][f"{article} {name}"] += 1
     return found
 
 
 def confusion_table(found: dict[str, Counter]) -> str:
-    """Three lines: of each kind how many, and the commonest."""
+    """Four lines: of each kind how many, and the commonest."""
     lines = []
     for kind, counter in found.items():
         commonest = ", ".join(f"{what} ({count})" for what, count in counter.most_common(SHOWN))
