@@ -266,7 +266,7 @@ def test_curriculum_come_first_once():
     assert sorted(i for batch in steps[8:10] for i in batch) != list(range(16))
     lessons = ClassroomScenes("train", curriculum=(50, 0))
     prompts = {text[0].prompt for i in range(50) for text in lessons[i].texts}
-    assert prompts == {"As a list:", "As a telegram:"}
+    assert prompts == {"As a quiz:", "As a telegram:"}
 
 
 # ------------------------------------------------------------------------------------------------------ loader

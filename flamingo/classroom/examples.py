@@ -11,7 +11,7 @@ from flamingo.data.answer_columns import question_prompt
 from flamingo.data.batches import Example
 from flamingo.data.chunks import Chunk
 
-CURRICULUM_STYLES = ("list", "telegram")  # of the curriculum
+CURRICULUM_STYLES = ("quiz", "telegram")  # of the curriculum
 ONE_WORD_LENGTH = 10  # more than any document has pictures
 
 
@@ -20,9 +20,9 @@ class ClassroomScenes(Dataset):
 
     Most examples have two texts, each in another style: their pictures are encoded and resampled once for both.
 
-    A `curriculum` of two parts comes first. Its first examples are one scene captioned as a list and as a telegram.
-    Nearly every word of these is a name, a ground or a place, in reading order, so that names and places are learned
-    early; among longer captions they stay unlearned for long, because most of what can be gained at first lies
+    A `curriculum` of two parts comes first. Its first examples are one scene captioned as a quiz and as a telegram:
+    names, articles, a number, a ground and places, in reading order, and set words between them, so that these are
+    learned early; among longer captions they stay unlearned for long, because most of what can be gained at first lies
     elsewhere. Its second part has everything but the two kinds that are looked up in other pictures (below): until the
     model knows what it sees, there is nothing to look up, and these examples only disturb.
 
