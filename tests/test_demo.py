@@ -173,11 +173,11 @@ def test_the_mask_is_drawn_and_the_text_continued(demo):
 
 def test_the_text_is_about_the_last_picture(demo):
     right = 0
-    for i in range(5):
+    for i in range(10):
         shown, text = sees.began(random.Random(i))
         for order in (shown, shown[::-1]):
             right += demo.who_sees_what(text, [each.picture for each in order])[1] == order[1].scene.caption("list")
-    assert right >= 9  # of 10: no model is always right
+    assert right >= 17  # of 20: no model is always right
 
 
 @pytest.mark.parametrize("text, pictures, reason", [
