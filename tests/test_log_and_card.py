@@ -85,7 +85,7 @@ def committed_score() -> tuple[str, str]:
 
 
 def committed_card() -> str:
-    summary, evaluation = (json.loads((COMMITTED / name).read_text()) for name in ("summary.json", "evaluation.json"))
+    summary, evaluation = json.loads((COMMITTED / "summary.json").read_text()), committed_evaluation()
     return card.card_text("classroom", read_config(COMMITTED), summary, evaluation)
 
 
@@ -116,7 +116,7 @@ def test_the_card_says_what_was_trained_and_is_in_the_folder():
 
 def test_the_card_names_what_was_tested_and_no_place_of_this_machine():
     config, summary = read_config(COMMITTED), json.loads((COMMITTED / "summary.json").read_text())
-    evaluation = json.loads((COMMITTED / "evaluation.json").read_text()) | {"data": "/home/me/secret/others"}
+    evaluation = committed_evaluation() | {"data": "/home/me/secret/others"}
     summary["options"] |= {"data": "/home/me/secret/a.tar:0.5 + /home/me/secret/b:0.5", "data_place": None}
     text = card.card_text("mine", config, summary, evaluation)
     assert "a.tar:0.5 + b:0.5" in text and ModelCard(text).data.datasets is None

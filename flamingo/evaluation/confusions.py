@@ -27,11 +27,6 @@ def _numbers_in(caption: str) -> list[str]:
     return [word for word in re.findall(r"[a-z]+", caption.lower()) if word in scenes.COUNTS]
 
 
-def _articles_in(caption: str) -> list[tuple[str, str]]:
-    """[("an", "owl"), …], in its order."""
-    return re.findall(r"\b(an?) ([a-z]+)", caption.lower())
-
-
 def _count(caption: str) -> str:
     """Its number words, or how many things it names."""
     return " ".join(_numbers_in(caption)) or f"{len(names_in(caption))} named"
@@ -54,8 +49,8 @@ def confusions(drawn: Sequence[scenes.Scene], truths: Sequence[str], captions: S
                     places = PLACES[len(scene.names)]
                     other, own = (places[scene.names.index(thing)] for thing in (name, expected))
                     found["places"][f"{other} for {own}"] += 1
-            for (expected, name), (article, same) in zip(_articles_in(truth), _articles_in(caption), strict=False):
-                if name == same and article != expected:
+            for article, name in re.findall(r"\b(an?) ([a-z]+)", caption.lower()):
+                if name in right and scenes.with_article(name) != f"{article} {name}":
                     found["articles"][f"{article} {name}"] += 1
     return found
 
