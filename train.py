@@ -66,7 +66,8 @@ def main(options: TrainingOptions, folder: Path) -> None:
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
     count, done = options.steps * options.accumulate, first_step * options.accumulate
-    stream = iter(batches(train_examples, collate, steps=count, skip=done, seed=options.seed, **prepare))
+    joining = Collate(processor, options.max_tokens, layout=not options.plain, places=asked, join=options.join_texts)
+    stream = iter(batches(train_examples, joining, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))
     reopening = sources.first_lookup(train_set, options)  # a step
     shown = validation_items(validation_set, options.seed)
@@ -92,7 +93,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
         optimizer.set_learning_rate(adamw, step, options, reopening)
         group = [loop.some_patches(next(stream), step, options) for _ in range(options.accumulate)]
         loop.seed_dropout(step, options)
-        targets, captions = ranks.total(sum(b.targets for b in group), sum(len(b.input_ids) for b in group))
+        targets, captions = ranks.total(sum(b.targets for b in group), sum(b.captions for b in group))
         loss = torch.zeros((), device=place)
         for batch in group:
             share = batch.targets / max(1, targets)  # so that every token counts the same, whichever batch it came in

@@ -44,7 +44,7 @@ def measure(args) -> dict:
     stream = iter(
         batches(
             examples,
-            Collate(processor, options.max_tokens, layout=True),
+            Collate(processor, options.max_tokens, layout=True, join=options.join_texts),
             batch_size=options.batch_size,
             steps=steps + 1,
             seed=0,
@@ -83,7 +83,7 @@ def measure(args) -> dict:
         timed("forward", forward)
         timed("backward", lambda: made["forward"].backward())
         timed("update", update)
-        captions += len(made["data"].input_ids)
+        captions += made["data"].captions
     total = sum(map(sum, times.values()))
     return {
         "dtype": dtype, "captions_per_second": captions / total, "seconds_per_step": total / steps,

@@ -27,16 +27,17 @@ class ClassroomScenes(Dataset):
     model knows what it sees, there is nothing to look up, and these examples only disturb.
 
     After it there are four kinds, and scenes that say where their things stand (`Example.places`). Most are one scene,
-    with captions (nearly always with the cue of their style) or questions about one fact. Some are documents: 2 to 9
-    scenes captioned in one style, which mostly nothing shows but the first captions themselves. Some give things
-    invented names and need them again (`naming`), and some answer every picture with one word, by a rule that only the
-    pictures show (`one_word`): both can only be looked up in the examples, picture by picture.
+    with captions (nearly always with the cue of their style) or questions about one fact; such texts of a batch are set
+    end to end (`--join-texts`), so that they do not always stand at the beginning. Some are documents: 2 to 9 scenes
+    captioned in one style, which mostly nothing shows but the first captions themselves. Some give things invented
+    names and need them again (`naming`), and some answer every picture with one word, by a rule that only the pictures
+    show (`one_word`): both can only be looked up in the examples, picture by picture.
     """
 
     LAYOUTS = (1, 3, 4, 4, 4)  # weights: one thing is learned first, how many there are and what stands where last
-    DOCUMENTS, NAMINGS, RULES = 0.25, 0.2, 0.15  # shares of the examples
+    DOCUMENTS, NAMINGS, RULES = 0.15, 0.2, 0.15  # shares of the examples
     DOCUMENT_LENGTHS = (2, 3, 4, 9)  # scenes; drawn from: as many as an evaluation shows at most
-    QUESTIONS = 0.2  # share of the texts, of documents too
+    QUESTIONS = 0.25  # share of the texts, of documents too
 
     skipped: tuple[str, ...] = ()  # nothing is ever broken here
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flamingo import ranks
 from flamingo.data.chunks import Chunk
+from flamingo.data.joined import Encoded, can_be_joined, join_texts
 from flamingo.data.processor import FlamingoProcessor, pad_image_index
 from flamingo.fast.packing import TextLayout
 
@@ -90,6 +91,12 @@ class Batch:
         """How many tokens have a loss."""
         return int((self.labels[:, 1:] != -100).sum())
 
+    @property
+    def captions(self) -> int:
+        """How many captions (or answers) have a loss: runs of such tokens, each with the <|endofchunk|> behind it."""
+        has_loss = self.labels != -100
+        return int((has_loss[:, 1:-1] & has_loss[:, 2:] & ~has_loss[:, :-2]).sum())
+
 
 def caption_labels(
     input_ids: Tensor, attention_mask: Tensor, media_token_id: int, eoc_token_id: int, prompt_mask: Tensor | None = None
@@ -114,13 +121,17 @@ def caption_labels(
 class Collate:
     """Examples → Batch. Texts longer than `max_tokens` are cut.
 
+    join: texts of one picture each are set end to end, up to so many (joined.py); 1 for none.
     layout: work out for flamingo/fast where the real and the labelled tokens are. (The plain model has no use for it.)
     places: say where things stand, for a model that is asked (training/where.py).
     """
 
-    def __init__(self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False, places: bool = False):
+    def __init__(
+        self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False, places: bool = False, join: int = 1
+    ):
         self.processor, self.max_tokens, self.layout, self.places = processor, max_tokens, layout, places
-        self._tokens: dict[str, int] = {}  # of the words that say where things stand: few, and asked for again
+        self.join = join
+        self._word_tokens: dict[str, int] = {}  # of the words that say where things stand: few, and asked for again
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         count, index_rows, places = 0, [], []  # count: pictures in the bank so far
@@ -129,7 +140,12 @@ class Collate:
                 places += [(count + picture, *map(self._token_of, words)) for picture, *words in example.places]
             index_rows += [[count + c.picture for c in text if c.picture is not None] for text in example.texts]
             count += len(example.pictures) if example.features is None else len(example.features)
-        texts, _ = self.tokens([text for example in examples for text in example.texts])
+        chunks = [text for example in examples for text in example.texts]
+        encoded = self.processor.encode_texts(chunks)
+        if self.join > 1 and can_be_joined(chunks):
+            begin = len(self.processor.begin_ids)
+            encoded, index_rows = join_texts(chunks, encoded, index_rows, begin, self.join, self.max_tokens)
+        texts, _ = self._tokens_of(encoded)
         texts["layout"] = TextLayout.of(texts["labels"], texts["attention_mask"]) if self.layout else None
         texts |= point_at_bank(index_rows, count)
         texts["places"] = torch.tensor(places) if places else None
@@ -140,13 +156,15 @@ class Collate:
 
     def _token_of(self, word: str) -> int:
         """The last token of a word as it stands in a text."""
-        if word not in self._tokens:
-            self._tokens[word] = self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1]
-        return self._tokens[word]
+        if word not in self._word_tokens:
+            self._word_tokens[word] = self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1]
+        return self._word_tokens[word]
 
     def tokens(self, texts: Sequence[Sequence[Chunk]]) -> tuple[dict[str, Tensor], int]:
         """Texts → ({"input_ids", "attention_mask", "labels"} (B, T_txt), how many of them were cut)."""
-        encoded = self.processor.encode_texts(texts)
+        return self._tokens_of(self.processor.encode_texts(texts))
+
+    def _tokens_of(self, encoded: Sequence[Encoded]) -> tuple[dict[str, Tensor], int]:
         input_ids, attention_mask = self.processor.pad([ids[: self.max_tokens] for ids, _ in encoded])
         prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, (_, is_prompt) in zip(prompt_mask, encoded, strict=True):
