@@ -22,7 +22,7 @@ from flamingo.interop.backbones import build_flamingo
 from flamingo.presets import model_config
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.optimizer import make_optimizer
-from flamingo.training.sources import training_sets
+from flamingo.training.sources import texts_in_a_row, training_sets
 
 PARTS = {
     "data": "draw the scenes, tell them, make the batch", "encode": "frozen vision encoder",
@@ -44,7 +44,7 @@ def measure(args) -> dict:
     stream = iter(
         batches(
             examples,
-            Collate(processor, options.max_tokens, layout=True, join=options.join_texts),
+            Collate(processor, options.max_tokens, layout=True, join=texts_in_a_row(options)),
             batch_size=options.batch_size,
             steps=steps + 1,
             seed=0,

@@ -266,11 +266,6 @@ class TrainingOptions:
     captions_per_picture: int = option(
         8, "captions of a picture in one step, at most; those that a picture has more come in other steps"
     )
-    join_texts: int = option(
-        1,
-        "texts of one picture each are set end to end, up to so many, so that looking late in a text is learned too "
-        "(few-shot); 1 for none",
-    )
     max_tokens: int = option(128, "longest text in tokens; the rest is cut")
     eval_every: int = option(100, "optimizer steps between validations")
     save_every: int = option(100, "optimizer steps between the points a killed run can be resumed from")

@@ -31,7 +31,7 @@ RANGES = {
     "gate_lr": (POSITIVE, 1e6), "lm_lr": (POSITIVE, 1e6), "weight_decay": (0.0, 1e6), "warmup_steps": (0, 10**9),
     "clip_norm": (POSITIVE, 1e30),
     "max_tokens": (1, 10**6), "eval_every": (1, 10**9), "save_every": (1, 10**9), "eval_batches": (1, 10**9),
-    "workers": (0, 512), "captions_per_picture": (1, 10**6), "join_texts": (1, 10**6), "gate_opening": (0.0, 0.999),
+    "workers": (0, 512), "captions_per_picture": (1, 10**6), "gate_opening": (0.0, 0.999),
     "gate_reopening": (0.0, 0.999), "where_weight": (0.0, 1e6), "skip_bad_steps": (0, 10**9),
     "patience": (0, 10**9), "patches": (POSITIVE, 1.0),
     # a step and a validation in metrics.jsonl: losses may be anything finite

@@ -37,8 +37,7 @@ PRESETS = {
         },
         "training": {
             "steps": 920, "batch_size": 32, "optimizer": "muon", "lr": 2e-3, "gate_opening": 0.3,
-            "gate_reopening": 0.2, "where_weight": 0.25, "join_texts": 8, "max_tokens": 192, "eval_every": 100,
-            "eval_batches": 4,
+            "gate_reopening": 0.2, "where_weight": 0.25, "max_tokens": 192, "eval_every": 100, "eval_batches": 4,
         },
     },
     # With 500 photographs a map from patches to words, and a LoRA, learn more than cross-attention does, whose fresh
@@ -191,11 +190,6 @@ def must_be_read(options: TrainingOptions, flag: Callable[[str], str]) -> None:
             raise InputError(
                 f"{flag(name)} is for the classroom's own scenes: only of these is known where things stand"
             )
-    if options.join_texts > 1 and config.is_built("tokenizer") and config.tokenizer.max_num_media:
-        raise InputError(
-            f"{flag('join_texts')} {options.join_texts} puts a picture in another place of each text, and "
-            f"tokenizer.max_num_media has an embedding for each place: choose {flag('join_texts')} 1, or leave it at 0"
-        )
     if is_given("lm_lr") and config.language.freeze and not config.language.lora_rank:
         raise InputError(
             f"{flag('lm_lr')} does nothing while the language model is frozen: --set language.freeze=false trains it, "

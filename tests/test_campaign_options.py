@@ -20,8 +20,7 @@ pytestmark = pytest.mark.usefixtures("bounded_memory")
 
 NUMBERS = ["seed", "steps", "batch_size", "accumulate", "lr", "gate_lr", "weight_decay", "warmup_steps", "clip_norm",
            "max_tokens", "eval_every", "save_every", "eval_batches", "workers", "gate_opening", "gate_reopening",
-           "where_weight", "captions_per_picture", "join_texts", "skip_bad_steps", "patience", "patches",
-           "lm_lr"]  # fmt: skip
+           "where_weight", "captions_per_picture", "skip_bad_steps", "patience", "patches", "lm_lr"]  # fmt: skip
 WHOLE = [name for name in NUMBERS if TrainingOptions.__dataclass_fields__[name].type is int]
 BAD_TRAINING = (
     [[f"--{name.replace('_', '-')}={value}"] for name in NUMBERS for value in ("-1", "1e400", "nan", "", "many")]

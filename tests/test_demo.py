@@ -223,7 +223,7 @@ def test_ready_made_examples_can_be_predicted(demo, name):
 def test_the_story_of_the_committed_run():
     losses, opened, validations = story.curves(story.COMMITTED)
     assert {"training", "validation", "validation, picture taken away"} == set(losses["of"])
-    assert {"attn 1", "ff 2"} < set(opened["of"]) and len(validations) == 8
+    assert {"attn 1", "ff 2"} < set(opened["of"]) and len(validations) == 10
     score = f"{committed_evaluation()['exact_match']:.3f}"
     scores = story.scores(story.COMMITTED)
     assert scores["exact match"] == score and "It looks" in scores["verdict"]

@@ -9,9 +9,9 @@ from flamingo.classroom.examples import ClassroomScenes
 from flamingo.data.batches import Collate, Example
 from flamingo.data.chunks import Chunk
 from flamingo.data.processor import FlamingoProcessor
-from flamingo.errors import InputError
 from flamingo.files import asset
 from flamingo.training.command_line import parse_training_options
+from flamingo.training.sources import texts_in_a_row
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,6 @@ def test_documents_are_left_as_they_are(processor, single):
     assert batch.input_ids.shape[0] == 2 and batch.captions == 4
 
 
-def test_a_place_of_its_own_for_each_picture_is_refused():
-    parse_training_options(["--set", "tokenizer.max_num_media=9", "--join-texts", "1"])
-    with pytest.raises(InputError, match="max_num_media has an embedding for each place: choose --join-texts 1"):
-        parse_training_options(["--set", "tokenizer.max_num_media=9"])
+def test_only_the_classrooms_own_scenes_are_joined():
+    assert texts_in_a_row(parse_training_options([])) == texts_in_a_row(parse_training_options(["--plain"])) == 8
+    assert texts_in_a_row(parse_training_options(["--data", "my_pictures"])) == 1

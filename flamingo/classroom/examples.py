@@ -28,7 +28,7 @@ class ClassroomScenes(Dataset):
 
     After it there are four kinds, and scenes that say where their things stand (`Example.places`). Most are one scene,
     with captions (nearly always with the cue of their style) or questions about one fact; such texts of a batch are set
-    end to end (`--join-texts`), so that they do not always stand at the beginning. Some are documents: 2 to 9 scenes
+    end to end (data/joined.py), so that they do not always stand at the beginning. Some are documents: 2 to 9 scenes
     captioned in one style, which mostly nothing shows but the first captions themselves. Some give things invented
     names and need them again (`naming`), and some answer every picture with one word, by a rule that only the pictures
     show (`one_word`): both can only be looked up in the examples, picture by picture.

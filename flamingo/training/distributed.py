@@ -14,7 +14,7 @@ What this file teaches: a Flamingo has two kinds of weights, and they want to be
 The loss is a mean over all labelled tokens of the step, whichever process they came to: each process has the sum of its
 own losses divided by the number of all, so gradients are added up, not averaged. Hence the number of processes changes
 nothing but rounding: a run may be resumed on more of them or fewer. (In the classroom it also changes the places in a
-text that where.py draws, and the weights of its words.)
+text that where.py draws, the weights of its words, and which texts joined.py sets end to end: those of a process.)
 """
 
 from collections.abc import Sequence

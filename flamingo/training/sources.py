@@ -14,6 +14,7 @@ from flamingo.errors import InputError
 
 SCENES = 100_000  # of a split
 CURRICULUM = (0.18, 0.22)  # shares of a classroom run: its first and its second part (ClassroomScenes)
+IN_A_ROW = 8  # texts of one scene
 TOKENIZED = 500  # examples whose texts are tokenized before a run begins
 
 
@@ -42,6 +43,12 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset | Stream, Dataset]:
     splits = load_set(options)
     print(describe_splits(splits))
     return tuple(splits[name].with_few_captions(options.captions_per_picture) for name in ("train", "validation"))
+
+
+def texts_in_a_row(options: TrainingOptions) -> int:
+    """How many texts of one picture are set end to end at most (data/joined.py). Captioned sets are left as they are:
+    one of several captions of a picture would stand in front of the next, which could copy it."""
+    return IN_A_ROW if uses_classroom(options) else 1
 
 
 def first_lookup(examples: Dataset | Stream, options: TrainingOptions) -> int | None:
