@@ -66,9 +66,8 @@ def main(options: TrainingOptions, folder: Path) -> None:
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
     count, done = options.steps * options.accumulate, first_step * options.accumulate
-    joining = Collate(
-        processor, options.max_tokens, layout=not options.plain, places=asked, join=sources.texts_in_a_row(options)
-    )
+    row = sources.texts_in_a_row(options, config.fusion_type)
+    joining = Collate(processor, options.max_tokens, layout=not options.plain, places=asked, join=row)
     stream = iter(batches(train_examples, joining, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))
     reopening = sources.first_lookup(train_set, options)  # a step

@@ -35,7 +35,7 @@ def measure(args) -> dict:
     torch.manual_seed(0)
     tune(args.device)
     options = parse_training_options([])
-    model, processor, _ = build_flamingo(model_config(options))
+    model, processor, config = build_flamingo(model_config(options))
     model.to(args.device).train()
     enable(model)
     examples, _ = training_sets(options)
@@ -44,7 +44,7 @@ def measure(args) -> dict:
     stream = iter(
         batches(
             examples,
-            Collate(processor, options.max_tokens, layout=True, join=texts_in_a_row(options)),
+            Collate(processor, options.max_tokens, layout=True, join=texts_in_a_row(options, config.fusion_type)),
             batch_size=options.batch_size,
             steps=steps + 1,
             seed=0,

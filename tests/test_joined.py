@@ -80,5 +80,6 @@ def test_documents_are_left_as_they_are(processor, single):
 
 
 def test_only_the_classrooms_own_scenes_are_joined():
-    assert texts_in_a_row(parse_training_options([])) == texts_in_a_row(parse_training_options(["--plain"])) == 8
-    assert texts_in_a_row(parse_training_options(["--data", "my_pictures"])) == 1
+    classroom, own = parse_training_options([]), parse_training_options(["--data", "my_pictures"])
+    assert texts_in_a_row(classroom, "cross-attention") == 8
+    assert texts_in_a_row(own, "cross-attention") == texts_in_a_row(classroom, "language-stream") == 1

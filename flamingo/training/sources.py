@@ -45,10 +45,11 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset | Stream, Dataset]:
     return tuple(splits[name].with_few_captions(options.captions_per_picture) for name in ("train", "validation"))
 
 
-def texts_in_a_row(options: TrainingOptions) -> int:
+def texts_in_a_row(options: TrainingOptions, fusion_type: str) -> int:
     """How many texts of one picture are set end to end at most (data/joined.py). Captioned sets are left as they are:
-    one of several captions of a picture would stand in front of the next, which could copy it."""
-    return IN_A_ROW if uses_classroom(options) else 1
+    one of several captions of a picture would stand in front of the next, which could copy it. So are texts that
+    pictures stand in (a language stream): there each would see the pictures of all before it."""
+    return IN_A_ROW if uses_classroom(options) and fusion_type == "cross-attention" else 1
 
 
 def first_lookup(examples: Dataset | Stream, options: TrainingOptions) -> int | None:
