@@ -46,7 +46,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     model.to(place).train()
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
-    train_set, validation_set = sources.training_sets(options)
+    train_set, validation_set = sources.training_sets(options, config.fusion_type)
     distributed.check(options, (train_set, validation_set))
     asked = where.ask_where(model, options.where_weight)
     collate = Collate(processor, options.max_tokens, layout=not options.plain, places=asked)
@@ -66,7 +66,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
     count, done = options.steps * options.accumulate, first_step * options.accumulate
-    row = sources.texts_in_a_row(options, config.fusion_type)
+    row = sources.texts_in_a_row(train_set)
     joining = Collate(processor, options.max_tokens, layout=not options.plain, places=asked, join=row)
     stream = iter(batches(train_examples, joining, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))

@@ -38,13 +38,13 @@ def measure(args) -> dict:
     model, processor, config = build_flamingo(model_config(options))
     model.to(args.device).train()
     enable(model)
-    examples, _ = training_sets(options)
+    examples, _ = training_sets(options, config.fusion_type)
     examples.curriculum = (0, 0)  # the shorter texts of the beginning
     steps = 3 if args.quick else 16 * args.rounds
     stream = iter(
         batches(
             examples,
-            Collate(processor, options.max_tokens, layout=True, join=texts_in_a_row(options, config.fusion_type)),
+            Collate(processor, options.max_tokens, layout=True, join=texts_in_a_row(examples)),
             batch_size=options.batch_size,
             steps=steps + 1,
             seed=0,

@@ -9,7 +9,7 @@ from conftest import tiny_flamingo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flamingo.classroom.examples import ClassroomScenes
+from flamingo.classroom.examples import MIXES, ClassroomScenes
 from flamingo.config import ModelConfig, TrainingOptions
 from flamingo.data.batches import StepSampler
 from flamingo.errors import InputError
@@ -109,16 +109,25 @@ def test_data_or_backbones_that_have_changed_since(points, tmp_path):
             of(captions, config).restore()
 
 
-@pytest.mark.parametrize("share, value", [("QUESTIONS", 0.5), ("DOCUMENTS", 0.3), ("LAYOUTS", (4, 1, 1, 1, 1))])
-def test_drawn_scenes_of_other_shares_are_another_set(share, value, points, tmp_path, monkeypatch):
+def test_drawn_scenes_of_other_shares_are_another_set(points, tmp_path):
     def of(scenes: ClassroomScenes) -> ResumePoints:
         return ResumePoints(tmp_path, points.model, points.optimizer, points.options, ModelConfig(), (scenes,))
 
+    class OtherLayouts(ClassroomScenes):
+        LAYOUTS = (4, 1, 1, 1, 1)
+
+    usual = MIXES["cross-attention"]
     of(ClassroomScenes("train")).save(1, "float32")
     assert of(ClassroomScenes("train")).restore() == (1, "float32")
-    monkeypatch.setattr(ClassroomScenes, share, value)
-    with pytest.raises(InputError, match="pictures or captions have changed"):
-        of(ClassroomScenes("train")).restore()
+    for changed in (
+        ClassroomScenes("train", mix=usual._replace(questions=0.5)),
+        ClassroomScenes("train", mix=usual._replace(documents=0.3)),
+        ClassroomScenes("train", curriculum=(2000, 0)),
+        ClassroomScenes("train", size=90_000),
+        OtherLayouts("train"),
+    ):
+        with pytest.raises(InputError, match="pictures or captions have changed"):
+            of(changed).restore()
 
 
 @pytest.mark.parametrize("loss, norm, what", [

@@ -11,7 +11,7 @@ from flamingo.data.chunks import Chunk
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.files import asset
 from flamingo.training.command_line import parse_training_options
-from flamingo.training.sources import texts_in_a_row
+from flamingo.training.sources import texts_in_a_row, training_sets
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,21 @@ def test_documents_are_left_as_they_are(processor, single):
     assert batch.input_ids.shape[0] == 2 and batch.captions == 4
 
 
-def test_only_the_classrooms_own_scenes_are_joined():
-    classroom, own = parse_training_options([]), parse_training_options(["--data", "my_pictures"])
-    assert texts_in_a_row(classroom, "cross-attention") == 8
-    assert texts_in_a_row(own, "cross-attention") == texts_in_a_row(classroom, "language-stream") == 1
+def test_only_the_classrooms_own_scenes_are_joined_and_in_a_stream_none():
+    options = parse_training_options([])
+    cross_attention, stream = (training_sets(options, fusion)[0] for fusion in ("cross-attention", "language-stream"))
+    assert texts_in_a_row(cross_attention) == 8
+    assert texts_in_a_row(stream) == texts_in_a_row([]) == 1  # [] like any captioned set
+
+
+def test_a_stream_is_trained_on_more_documents_and_begins_with_lists():
+    def looked_at(fusion: str) -> tuple[set[str], float]:
+        train, validation = training_sets(parse_training_options([]), fusion)
+        first = {text[0].prompt for i in range(20) for text in train.texts(i)}
+        assert validation.mix == train.mix
+        return first, sum(validation.length(i) in (2, 3, 4, 9) and len(validation.texts(i)) == 2 for i in range(1000))
+
+    first, documents = looked_at("cross-attention")
+    assert first == {"As a quiz:", "As a telegram:"} and 110 <= documents <= 190
+    first, documents = looked_at("language-stream")
+    assert first == {"As a list:", "As a telegram:"} and 205 <= documents <= 295

@@ -2,6 +2,7 @@
 
 import functools
 import random
+from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
@@ -11,8 +12,30 @@ from flamingo.data.answer_columns import question_prompt
 from flamingo.data.batches import Example
 from flamingo.data.chunks import Chunk
 
-CURRICULUM_STYLES = ("quiz", "telegram")  # of the curriculum
 ONE_WORD_LENGTH = 10  # more than any document has pictures
+
+
+class Mix(NamedTuple):
+    """What the examples of a run are made of.
+
+    first_styles: of a curriculum's first part. documents: their share of the examples. questions: their share of the
+    texts, of documents too. in_a_row: how many texts of one scene are set end to end at most (data/joined.py).
+    """
+
+    first_styles: tuple[str, str]
+    documents: float
+    questions: float
+    in_a_row: int
+
+
+# By fusion type. Texts set end to end teach what documents do, to look late in a text, so fewer of them are enough.
+# In a stream, where every text would see the pictures of all before it, only documents teach it. And half of a list is
+# names: what must learn to see behind a frozen language model (BLIP) learns them from lists 200 steps before it does
+# from quizzes, which teach cross-attention the articles. assets/classroom/EXPERIMENTS.md has the runs.
+MIXES = {
+    "cross-attention": Mix(("quiz", "telegram"), documents=0.15, questions=0.25, in_a_row=8),
+    "language-stream": Mix(("list", "telegram"), documents=0.25, questions=0.2, in_a_row=1),
+}
 
 
 class ClassroomScenes(Dataset):
@@ -20,8 +43,8 @@ class ClassroomScenes(Dataset):
 
     Most examples have two texts, each in another style: their pictures are encoded and resampled once for both.
 
-    A `curriculum` of two parts comes first. Its first examples are one scene captioned as a quiz and as a telegram:
-    names, articles, a number, a ground and places, in reading order, and set words between them, so that these are
+    A `curriculum` of two parts comes first. Its first examples are one scene captioned as a quiz (or a list) and as
+    a telegram: names, a number, a ground and places, in reading order, and set words between them, so that these are
     learned early; among longer captions they stay unlearned for long, because most of what can be gained at first lies
     elsewhere. Its second part has everything but the two kinds that are looked up in other pictures (below): until the
     model knows what it sees, there is nothing to look up, and these examples only disturb.
@@ -35,14 +58,16 @@ class ClassroomScenes(Dataset):
     """
 
     LAYOUTS = (1, 3, 4, 4, 4)  # weights: one thing is learned first, how many there are and what stands where last
-    DOCUMENTS, NAMINGS, RULES = 0.15, 0.2, 0.15  # shares of the examples
+    NAMINGS, RULES = 0.2, 0.15  # shares of the examples
     DOCUMENT_LENGTHS = (2, 3, 4, 9)  # scenes; drawn from: as many as an evaluation shows at most
-    QUESTIONS = 0.25  # share of the texts, of documents too
 
     skipped: tuple[str, ...] = ()  # nothing is ever broken here
 
-    def __init__(self, split: str, seed: int = 0, size: int = 100_000, curriculum: tuple[int, int] = (0, 0)):
-        self.split, self.seed, self.size, self.curriculum = split, seed, size, curriculum
+    def __init__(
+        self, split: str, seed: int = 0, size: int = 100_000, curriculum: tuple[int, int] = (0, 0),
+        mix: Mix = MIXES["cross-attention"],
+    ):  # fmt: skip
+        self.split, self.seed, self.size, self.curriculum, self.mix = split, seed, size, curriculum, mix
 
     def __len__(self) -> int:
         return self.size
@@ -75,17 +100,17 @@ class ClassroomScenes(Dataset):
         lists, captions = self.curriculum
         if index < lists:
             drawn = scenes_of(1)
-            return drawn, [caption_scenes(drawn, style, with_cue=True) for style in CURRICULUM_STYLES]
+            return drawn, [caption_scenes(drawn, style, with_cue=True) for style in self.mix.first_styles]
         kind = rng.uniform(0 if index >= lists + captions else self.NAMINGS + self.RULES, 1)
         if kind < self.NAMINGS:
             return naming(rng, self.split)
         if kind < self.NAMINGS + self.RULES:
             return one_word(rng, self.seed, self.split)
-        document = kind < self.NAMINGS + self.RULES + self.DOCUMENTS
+        document = kind < self.NAMINGS + self.RULES + self.mix.documents
         drawn = scenes_of(rng.choice(self.DOCUMENT_LENGTHS) if document else 1)
         texts = []
         for style in rng.sample(scenes.STYLES, 2):
-            if rng.random() < self.QUESTIONS:
+            if rng.random() < self.mix.questions:
                 texts.append([question_chunk(k, scene, rng) for k, scene in enumerate(drawn)])
             else:
                 texts.append(caption_scenes(drawn, style, with_cue=rng.random() < (0.2 if document else 0.9)))

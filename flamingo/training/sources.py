@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from flamingo.classroom.examples import ClassroomScenes
+from flamingo.classroom.examples import MIXES, ClassroomScenes
 from flamingo.config import TrainingOptions
 from flamingo.data.batches import Collate
 from flamingo.data.captions import describe_splits, load_set
@@ -14,7 +14,6 @@ from flamingo.errors import InputError
 
 SCENES = 100_000  # of a split
 CURRICULUM = (0.18, 0.22)  # shares of a classroom run: its first and its second part (ClassroomScenes)
-IN_A_ROW = 8  # texts of one scene
 TOKENIZED = 500  # examples whose texts are tokenized before a run begins
 
 
@@ -23,8 +22,9 @@ def uses_classroom(options: TrainingOptions) -> bool:
     return options.data is None
 
 
-def training_sets(options: TrainingOptions) -> tuple[Dataset | Stream, Dataset]:
-    """(training examples, validation examples). Raises InputError when the set cannot be read or is too small."""
+def training_sets(options: TrainingOptions, fusion_type: str = "cross-attention") -> tuple[Dataset | Stream, Dataset]:
+    """(training examples, validation examples). The classroom's are mixed for the way its model joins picture and text.
+    Raises InputError when the set cannot be read or is too small."""
     if uses_classroom(options):
         if not options.preset.startswith("classroom"):
             raise InputError(f"the preset {options.preset} needs data: name it with --data")
@@ -32,9 +32,10 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset | Stream, Dataset]:
             raise InputError("--image-column and --caption-columns belong to --data: name the set")
         examples = options.steps * options.accumulate * options.batch_size
         # At least as many scenes as the run shows: a second epoch would show the curriculum again.
-        size = max(SCENES, examples)
-        train = ClassroomScenes("train", options.seed, size, tuple(int(share * examples) for share in CURRICULUM))
-        return train, ClassroomScenes("validation", options.seed, SCENES)
+        size, curriculum = max(SCENES, examples), tuple(int(share * examples) for share in CURRICULUM)
+        mix = MIXES[fusion_type]
+        train = ClassroomScenes("train", options.seed, size, curriculum, mix)
+        return train, ClassroomScenes("validation", options.seed, SCENES, mix=mix)
     if is_stream(options):
         stream = load_stream(options)
         print(f"{stream.describe()}; its pictures are encoded as they come (most are read once: there is no cache)")
@@ -45,11 +46,10 @@ def training_sets(options: TrainingOptions) -> tuple[Dataset | Stream, Dataset]:
     return tuple(splits[name].with_few_captions(options.captions_per_picture) for name in ("train", "validation"))
 
 
-def texts_in_a_row(options: TrainingOptions, fusion_type: str) -> int:
+def texts_in_a_row(examples: Dataset | Stream) -> int:
     """How many texts of one picture are set end to end at most (data/joined.py). Captioned sets are left as they are:
-    one of several captions of a picture would stand in front of the next, which could copy it. So are texts that
-    pictures stand in (a language stream): there each would see the pictures of all before it."""
-    return IN_A_ROW if uses_classroom(options) and fusion_type == "cross-attention" else 1
+    one of several captions of a picture would stand in front of the next, which could copy it."""
+    return examples.mix.in_a_row if isinstance(examples, ClassroomScenes) else 1
 
 
 def first_lookup(examples: Dataset | Stream, options: TrainingOptions) -> int | None:
