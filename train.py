@@ -46,7 +46,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     model.to(place).train()
     counts = loop.count_parameters(model)  # now: flamingo/fast may keep a frozen matrix as no parameter
     print(loop.describe(model))
-    train_set, validation_set = sources.training_sets(options, config.fusion_type)
+    train_set, validation_set = sources.training_sets(options, config)
     distributed.check(options, (train_set, validation_set))
     asked = where.ask_where(model, options.where_weight)
     collate = Collate(processor, options.max_tokens, layout=not options.plain, places=asked)

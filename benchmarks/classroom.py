@@ -38,7 +38,7 @@ def measure(args) -> dict:
     model, processor, config = build_flamingo(model_config(options))
     model.to(args.device).train()
     enable(model)
-    examples, _ = training_sets(options, config.fusion_type)
+    examples, _ = training_sets(options, config)
     examples.curriculum = (0, 0)  # the shorter texts of the beginning
     steps = 3 if args.quick else 16 * args.rounds
     stream = iter(

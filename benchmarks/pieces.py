@@ -71,8 +71,8 @@ class Variant:
 def default_run(args) -> tuple[nn.Module, list[Batch]]:
     """The model and batches of `python train.py`, after its curriculum."""
     options = parse_training_options([])
-    model, processor, _ = build_flamingo(model_config(options))
-    examples, _ = training_sets(options)
+    model, processor, config = build_flamingo(model_config(options))
+    examples, _ = training_sets(options, config)
     examples.curriculum = (0, 0)  # the shorter texts of the beginning
     count = 2 if args.quick else 12
     collate = Collate(processor, options.max_tokens, layout=True)

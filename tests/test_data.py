@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from flamingo.classroom import scenes
 from flamingo.classroom.examples import ClassroomScenes
 from flamingo.classroom.invented import invented_names, is_held_out
-from flamingo.config import TrainingOptions
+from flamingo.config import ModelConfig, TrainingOptions
 from flamingo.data.batches import Collate, StepSampler, caption_labels
 from flamingo.data.captions import load_captions
 from flamingo.data.chunks import Chunk
@@ -213,7 +213,7 @@ def test_batches_are_of_similar_length_and_every_epoch_shows_everything_once():
 
 @pytest.mark.parametrize("steps", [10, 5000])
 def test_a_run_of_any_length_leaves_the_curriculum(steps):
-    train, _ = training_sets(TrainingOptions(steps=steps, batch_size=64))
+    train, _ = training_sets(TrainingOptions(steps=steps, batch_size=64), ModelConfig())
     assert len(train) >= steps * 64
     first = [i < sum(train.curriculum) for i in range(0, steps * 64, steps)]
     assert first[0] and not first[-1] and len(set(first)) == 2

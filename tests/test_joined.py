@@ -10,6 +10,7 @@ from flamingo.data.batches import Collate, Example
 from flamingo.data.chunks import Chunk
 from flamingo.data.processor import FlamingoProcessor
 from flamingo.files import asset
+from flamingo.presets import model_config
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.sources import texts_in_a_row, training_sets
 
@@ -79,21 +80,23 @@ def test_documents_are_left_as_they_are(processor, single):
     assert batch.input_ids.shape[0] == 2 and batch.captions == 4
 
 
+def sets_of(preset: str):
+    options = parse_training_options(["--preset", preset])
+    return training_sets(options, model_config(options))
+
+
 def test_only_the_classrooms_own_scenes_are_joined_and_in_a_stream_none():
-    options = parse_training_options([])
-    cross_attention, stream = (training_sets(options, fusion)[0] for fusion in ("cross-attention", "language-stream"))
-    assert texts_in_a_row(cross_attention) == 8
-    assert texts_in_a_row(stream) == texts_in_a_row([]) == 1  # [] like any captioned set
+    assert texts_in_a_row(sets_of("classroom")[0]) == 8
+    assert texts_in_a_row(sets_of("classroom-kosmos")[0]) == texts_in_a_row([]) == 1  # [] like any captioned set
 
 
-def test_a_stream_is_trained_on_more_documents_and_begins_with_lists():
-    def looked_at(fusion: str) -> tuple[set[str], float]:
-        train, validation = training_sets(parse_training_options([]), fusion)
-        first = {text[0].prompt for i in range(20) for text in train.texts(i)}
-        assert validation.mix == train.mix
-        return first, sum(validation.length(i) in (2, 3, 4, 9) and len(validation.texts(i)) == 2 for i in range(1000))
-
-    first, documents = looked_at("cross-attention")
-    assert first == {"As a quiz:", "As a telegram:"} and 110 <= documents <= 190
-    first, documents = looked_at("language-stream")
-    assert first == {"As a list:", "As a telegram:"} and 205 <= documents <= 295
+@pytest.mark.parametrize("preset, first_style, least, most", [
+    ("classroom", "As a quiz:", 110, 190), ("classroom-kosmos", "As a quiz:", 205, 295),
+    ("classroom-blip", "As a list:", 205, 295),
+])  # fmt: skip
+def test_a_stream_is_trained_on_more_documents_and_a_qformer_begins_with_lists(preset, first_style, least, most):
+    train, validation = sets_of(preset)
+    assert validation.mix == train.mix
+    assert {text[0].prompt for i in range(20) for text in train.texts(i)} == {first_style, "As a telegram:"}
+    documents = [validation.length(i) in (2, 3, 4, 9) and len(validation.texts(i)) == 2 for i in range(1000)]
+    assert least <= sum(documents) <= most

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from flamingo.config import TrainingOptions
+from flamingo.config import ModelConfig, TrainingOptions
 from flamingo.data.batches import Collate, StepSampler
 from flamingo.data.captions import load_captions, load_set
 from flamingo.data.chunks import Chunk
@@ -41,7 +41,7 @@ def captioned(count: int = 6, captions: int = 1) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- how much at once
 def test_a_step_takes_a_few_captions_of_a_picture_and_an_epoch_takes_all(tmp_path, processor):
     source = a_set(tmp_path, captioned(6, captions=100))
-    train, validation = training_sets(TrainingOptions(data=str(source), captions_per_picture=8))
+    train, validation = training_sets(TrainingOptions(data=str(source), captions_per_picture=8), ModelConfig())
     texts = [[text[0].caption for text in train.texts(i)] for i in range(len(train))]
     assert max(map(len, texts)) == 8
     of = lambda examples: {c for i in range(len(examples)) for t in examples.texts(i) for c in [t[0].caption]}  # noqa: E731
@@ -49,7 +49,7 @@ def test_a_step_takes_a_few_captions_of_a_picture_and_an_epoch_takes_all(tmp_pat
     assert not {c.split()[-1] for c in of(train)} & {c.split()[-1] for c in of(validation)}  # no picture is in both
     batch = Collate(processor, 32)([train[i] for i in next(iter(StepSampler(train.length, len(train), 4, 1, 0)))])
     assert len(batch.labels) <= 4 * 8 and len(batch.pixel_values) == 4
-    few = training_sets(TrainingOptions(data=str(source), captions_per_picture=1000))[0]
+    few = training_sets(TrainingOptions(data=str(source), captions_per_picture=1000), ModelConfig())[0]
     assert len(few) == 4 and len(few.texts(0)) == 100
     with pytest.raises(InputError, match="--captions-per-picture must be at least 1"):
         parse_training_options(["--captions-per-picture", "0"])
@@ -60,14 +60,14 @@ def test_what_is_cut_and_what_has_no_target_is_said_and_nothing_to_learn_is_an_e
         *captioned(5), {"image": "5.png", "captions": ["long " * 300]},
         *({"image": f"{i}.png", "captions": ["before " * 40 + "<image> after"]} for i in range(6, 9)),
     ], pictures=9)  # fmt: skip
-    sets = training_sets(TrainingOptions(data=str(source), seed=1))
+    sets = training_sets(TrainingOptions(data=str(source), seed=1), ModelConfig())
     capsys.readouterr()
     check_targets(*sets, Collate(processor, 30))
     assert "of 7 training examples with 7 texts, " in (said := capsys.readouterr().out) and "are cut at" in said
     with pytest.raises(InputError, match=r"no training text has a token to predict.*within --max-tokens 2"):
         check_targets(*sets, Collate(processor, 2))
     with pytest.raises(InputError, match="no training text has a token to predict"):
-        check_targets(*training_sets(TrainingOptions()), Collate(processor, 1))
+        check_targets(*training_sets(TrainingOptions(), ModelConfig()), Collate(processor, 1))
 
 
 def test_special_tokens_in_a_caption_are_letters(processor):
@@ -87,14 +87,14 @@ def test_a_run_folder_inside_the_data_is_refused(tmp_path, monkeypatch):
     for options in ({"out": f"{tmp_path}/data/run"}, {"out": f"{tmp_path}/other/../data"}, {}):
         monkeypatch.chdir(tmp_path / "data")
         with pytest.raises(InputError, match=r"would be inside of the data .* choose an --out elsewhere"):
-            training_sets(TrainingOptions(data=str(tmp_path / "data"), **options))
+            training_sets(TrainingOptions(data=str(tmp_path / "data"), **options), ModelConfig())
     assert not (tmp_path / "data" / "run").exists()
 
 
 @pytest.mark.parametrize("column", [{"image_column": "image"}, {"caption_columns": "caption"}, {"image_column": ""}])
 def test_columns_belong_to_data(column):
     with pytest.raises(InputError, match="belong to --data: name the set"):
-        training_sets(TrainingOptions(**column))
+        training_sets(TrainingOptions(**column), ModelConfig())
 
 
 def test_a_run_finds_its_data_from_anywhere_and_never_another_set_of_that_name(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_which_files_are_used_as_which_split_is_said(tmp_path, capsys):
     for split, count in (("train", 4), ("test", 2)):
         a_set(tmp_path / split, [{"file_name": f"{i}.png", "caption": "x"} for i in range(count)], count)
         (tmp_path / split / "set.jsonl").rename(tmp_path / split / "metadata.jsonl")
-    training_sets(TrainingOptions(data=str(tmp_path)))
+    training_sets(TrainingOptions(data=str(tmp_path)), ModelConfig())
     assert ("train 2 examples (train/metadata.jsonl), test 2 examples (test/metadata.jsonl), "
             "validation 2 examples (held out of train)") in capsys.readouterr().out.replace("\n", "")  # fmt: skip
 

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from flamingo.classroom import scenes
 from flamingo.classroom.invented import invented_names
+from flamingo.config import ModelConfig
 from flamingo.data.answer_columns import question_prompt
 from flamingo.data.batches import Example
 from flamingo.data.chunks import Chunk
@@ -18,24 +19,29 @@ ONE_WORD_LENGTH = 10  # more than any document has pictures
 class Mix(NamedTuple):
     """What the examples of a run are made of.
 
-    first_styles: of a curriculum's first part. documents: their share of the examples. questions: their share of the
-    texts, of documents too. in_a_row: how many texts of one scene are set end to end at most (data/joined.py).
+    documents: their share of the examples. questions: their share of the texts, of documents too. in_a_row: how many
+    texts of one scene are set end to end at most (data/joined.py). first_styles: of a curriculum's first part.
     """
 
-    first_styles: tuple[str, str]
     documents: float
     questions: float
     in_a_row: int
+    first_styles: tuple[str, str] = ("quiz", "telegram")
 
 
 # By fusion type. Texts set end to end teach what documents do, to look late in a text, so fewer of them are enough.
-# In a stream, where every text would see the pictures of all before it, only documents teach it. And half of a list is
-# names: what must learn to see behind a frozen language model (BLIP) learns them from lists 200 steps before it does
-# from quizzes, which teach cross-attention the articles. assets/classroom/EXPERIMENTS.md has the runs.
+# In a stream, where every text would see the pictures of all before it, only documents teach it.
 MIXES = {
-    "cross-attention": Mix(("quiz", "telegram"), documents=0.15, questions=0.25, in_a_row=8),
-    "language-stream": Mix(("list", "telegram"), documents=0.25, questions=0.2, in_a_row=1),
+    "cross-attention": Mix(documents=0.15, questions=0.25, in_a_row=8),
+    "language-stream": Mix(documents=0.25, questions=0.2, in_a_row=1),
 }
+
+
+def mix_for(config: ModelConfig) -> Mix:
+    """What a model is shown, by the way it joins picture and text. A Q-Former learns names from lists, half of which
+    are names, 200 steps before it does from quizzes; no other needs them (assets/classroom/EXPERIMENTS.md)."""
+    mix = MIXES[config.fusion_type]
+    return mix._replace(first_styles=("list", "telegram")) if config.tokenizer_type == "qformer" else mix
 
 
 class ClassroomScenes(Dataset):

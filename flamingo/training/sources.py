@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from flamingo.classroom.examples import MIXES, ClassroomScenes
-from flamingo.config import TrainingOptions
+from flamingo.classroom.examples import ClassroomScenes, mix_for
+from flamingo.config import ModelConfig, TrainingOptions
 from flamingo.data.batches import Collate
 from flamingo.data.captions import describe_splits, load_set
 from flamingo.data.streams import Stream, is_stream, load_stream
@@ -22,7 +22,7 @@ def uses_classroom(options: TrainingOptions) -> bool:
     return options.data is None
 
 
-def training_sets(options: TrainingOptions, fusion_type: str = "cross-attention") -> tuple[Dataset | Stream, Dataset]:
+def training_sets(options: TrainingOptions, config: ModelConfig) -> tuple[Dataset | Stream, Dataset]:
     """(training examples, validation examples). The classroom's are mixed for the way its model joins picture and text.
     Raises InputError when the set cannot be read or is too small."""
     if uses_classroom(options):
@@ -33,7 +33,7 @@ def training_sets(options: TrainingOptions, fusion_type: str = "cross-attention"
         examples = options.steps * options.accumulate * options.batch_size
         # At least as many scenes as the run shows: a second epoch would show the curriculum again.
         size, curriculum = max(SCENES, examples), tuple(int(share * examples) for share in CURRICULUM)
-        mix = MIXES[fusion_type]
+        mix = mix_for(config)
         train = ClassroomScenes("train", options.seed, size, curriculum, mix)
         return train, ClassroomScenes("validation", options.seed, SCENES, mix=mix)
     if is_stream(options):
