@@ -49,7 +49,8 @@ def main(options: TrainingOptions, folder: Path) -> None:
     train_set, validation_set = sources.training_sets(options, config)
     distributed.check(options, (train_set, validation_set))
     asked = where.ask_where(model, options.where_weight)
-    collate = Collate(processor, options.max_tokens, layout=not options.plain, places=asked)
+    collating = {"layout": not options.plain, "places": asked, "room": model.room_of_texts()}
+    collate = Collate(processor, options.max_tokens, **collating)
     sources.check_targets(train_set, validation_set, collate)
     train_examples, validation_examples = (
         with_cached_features(examples, model.vision_encoder, options.cache, device=place, workers=options.workers)
@@ -66,8 +67,7 @@ def main(options: TrainingOptions, folder: Path) -> None:
     prepare = {"batch_size": options.batch_size, "workers": options.workers, "pin": place.type == "cuda"}
     validations = loop.validation_batches(options, model, collate, train_examples, validation_examples)
     count, done = options.steps * options.accumulate, first_step * options.accumulate
-    row = sources.texts_in_a_row(train_set)
-    joining = Collate(processor, options.max_tokens, layout=not options.plain, places=asked, join=row)
+    joining = Collate(processor, options.max_tokens, **collating, join=sources.texts_in_a_row(train_set))
     stream = iter(batches(train_examples, joining, steps=count, skip=done, seed=options.seed, **prepare))
     held_out = list(batches(validation_examples, collate, steps=validations, seed=0, **prepare))
     reopening = sources.first_lookup(train_set, options)  # a step

@@ -10,6 +10,8 @@ from test_resume import start, start_and_kill
 
 from flamingo import FlamingoConfig, FlamingoModel, FlamingoProcessor, InputError
 from flamingo.classroom import scenes
+from flamingo.data.batches import Collate
+from flamingo.data.chunks import Chunk
 from flamingo.interop import compat
 from flamingo.presets import model_config
 from flamingo.training.command_line import parse_training_options
@@ -111,3 +113,27 @@ def test_more_shots_than_positions_are_refused_with_the_picture_counted():
     examples = [Chunk(0, "", "a cat")] * 40
     with pytest.raises(InputError, match="--shots 40 does not fit: the language model has 512 positions, enough for 1"):
         Predictor(model, processor).check_room(40, examples, examples[:1])
+
+
+def test_texts_are_cut_where_they_do_not_fit_with_their_pictures(saved):
+    """Nine pictures in a text; of the longest that still fits no token more could be kept."""
+    _, folder, model = saved
+    vlm, processor = model.flamingo, FlamingoProcessor.from_pretrained(folder)
+    assert vlm.room_of_texts() == (512, vlm.tokens_per_image)
+    text = [[Chunk(0, "", "a cat on a red ground") for _ in range(9)]]
+    tokens, cut = Collate(processor, 192, room=vlm.room_of_texts()).tokens(text)
+    assert not cut
+    is_image = tokens["input_ids"][0] == processor.media_token_id
+    for of_a_picture in (60, 100, 511):
+        tokens, cut = Collate(processor, 192, room=(512, of_a_picture)).tokens(text)
+        kept = tokens["input_ids"].shape[1]
+        taken = [k + of_a_picture * int(is_image[:k].sum()) for k in (kept, kept + 1)]
+        assert cut == 1 and taken[0] <= 512 < taken[1]
+
+
+def test_a_picture_that_no_text_has_room_for_is_said_before_the_first_step(tmp_path):
+    options = ["--preset", "classroom-kosmos", "--set", "tokenizer.num_latents=600", *SHORT]
+    done = run("train.py", *options, "--out", tmp_path / "run")
+    assert done.returncode == 2 and "no training text has a token to predict" in done.stderr
+    assert "512 positions of the language model, of which a picture takes 600" in done.stderr
+    assert "Traceback" not in done.stderr

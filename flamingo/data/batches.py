@@ -5,6 +5,7 @@ the prompt; the caption, and the token that ends it. `caption_labels` is that lo
 """
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
@@ -121,16 +122,19 @@ def caption_labels(
 class Collate:
     """Examples → Batch. Texts longer than `max_tokens` are cut.
 
+    room: (positions of the language model, how many of them a picture takes), for texts that pictures stand in: these
+    are cut where they are longer with their pictures than that.
     join: texts of one picture each are set end to end, up to so many (joined.py); 1 for none.
     layout: work out for flamingo/fast where the real and the labelled tokens are. (The plain model has no use for it.)
     places: say where things stand, for a model that is asked (training/where.py).
     """
 
     def __init__(
-        self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False, places: bool = False, join: int = 1
-    ):
+        self, processor: FlamingoProcessor, max_tokens: int, layout: bool = False, places: bool = False, join: int = 1,
+        room: tuple[int, int] | None = None,
+    ):  # fmt: skip
         self.processor, self.max_tokens, self.layout, self.places = processor, max_tokens, layout, places
-        self.join = join
+        self.join, self.room = join, room
         self._word_tokens: dict[str, int] = {}  # of the words that say where things stand: few, and asked for again
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
@@ -165,15 +169,25 @@ class Collate:
         return self._tokens_of(self.processor.encode_texts(texts))
 
     def _tokens_of(self, encoded: Sequence[Encoded]) -> tuple[dict[str, Tensor], int]:
-        input_ids, attention_mask = self.processor.pad([ids[: self.max_tokens] for ids, _ in encoded])
+        kept = [self._that_fit(ids) for ids, _ in encoded]
+        input_ids, attention_mask = self.processor.pad([ids[:fit] for (ids, _), fit in zip(encoded, kept, strict=True)])
         prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, (_, is_prompt) in zip(prompt_mask, encoded, strict=True):
-            row[: len(is_prompt)] = torch.tensor(is_prompt[: self.max_tokens])
+        for row, (_, is_prompt), fit in zip(prompt_mask, encoded, kept, strict=True):
+            row[:fit] = torch.tensor(is_prompt[:fit])
         labels = caption_labels(
             input_ids, attention_mask, self.processor.media_token_id, self.processor.eoc_token_id, prompt_mask
         )
-        cut = sum(len(ids) > self.max_tokens for ids, _ in encoded)
+        cut = sum(len(ids) > fit for (ids, _), fit in zip(encoded, kept, strict=True))
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, cut
+
+    def _that_fit(self, ids: Sequence[int]) -> int:
+        """How many tokens of a text are kept."""
+        most = min(len(ids), self.max_tokens)
+        if self.room is None:
+            return most
+        positions, of_a_picture = self.room
+        taken = list(accumulate(1 + of_a_picture * (token == self.processor.media_token_id) for token in ids[:most]))
+        return bisect_right(taken, positions)
 
 
 def point_at_bank(rows: Sequence[Sequence[int]], pictures: int) -> dict:

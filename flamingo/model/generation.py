@@ -39,6 +39,11 @@ class TextGeneration:
 
     tokens_per_image = 0
 
+    def room_of_texts(self) -> tuple[int, int] | None:
+        """(positions of the language model, how many of them a picture takes) if a picture takes any and they end."""
+        positions = compat.max_positions(self.lang_encoder.config)
+        return (positions, self.tokens_per_image) if positions and self.tokens_per_image else None
+
     @with_open_flamingo_names
     @torch.no_grad()
     def generate(

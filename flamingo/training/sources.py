@@ -78,6 +78,9 @@ def check_targets(train: Dataset, validation: Dataset, collate: Collate) -> None
     Of a large set this is known of `TOKENIZED` examples, evenly spread.
     """
     limit = f"--max-tokens {collate.max_tokens}"
+    if collate.room:
+        positions, of_a_picture = collate.room
+        limit += f" and the {positions} positions of the language model, of which a picture takes {of_a_picture}"
     for what, examples in (("training", train), ("validation", validation)):
         if isinstance(examples, Stream):  # whose first samples are the validation
             continue
