@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from flamingo import FlamingoPaLM, InputError
 from flamingo.config import TrainingOptions
-from flamingo.interop.backbones import build_flamingo, load_tokenizer
+from flamingo.interop.backbones import build_flamingo, load_tokenizer, load_vision_encoder
 from flamingo.interop.flamingo_pytorch import GatedCrossAttentionBlock, PerceiverResampler
-from flamingo.model.palm import PaLMConfig, PaLMForCausalLM
+from flamingo.model.palm import PaLMConfig, PaLMForCausalLM, causal_mask
 from flamingo.presets import model_config
 from flamingo.run_folder import new
 from flamingo.training.checkpoint import load_model
@@ -88,6 +88,21 @@ def test_cached_steps_left_padding_and_beams(palm):
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)], dim=1)
     assert torch.equal(palm.generate(padded, attention_mask=mask, **options)[:, 3:], expected)
     assert palm.generate(ids, num_beams=3, **options).shape == (2, 9)
+
+
+def test_hidden_states_tuples_and_what_would_be_ignored(palm):
+    ids = torch.randint(0, 50, (2, 6))
+    output = palm(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 3 and torch.equal(output.hidden_states[0], palm.model.embed_tokens(ids))
+    assert torch.equal(palm.lm_head(output.hidden_states[-1]), output.logits)
+    close(palm.model.norm(palm.model.layers[1](
+        output.hidden_states[1], palm.model.turn(torch.arange(6)[None]), causal_mask(torch.ones(2, 6), 6), None
+    )), output.hidden_states[2])  # fmt: skip
+    assert palm(ids).hidden_states is None
+    assert torch.equal(palm(ids, labels=ids, return_dict=False)[1], output.logits)
+    for ignored in ({"output_attentions": True}, {"token_type_ids": ids}, {"past": 1}):
+        with pytest.raises(ValueError, match=f"does nothing with {next(iter(ignored))}="):
+            palm(ids, **ignored)
 
 
 def test_it_saves_loads_and_learns(palm, tmp_path):
@@ -232,6 +247,55 @@ def test_without_an_encoder_images_are_refused():
     model = FlamingoPaLM(num_tokens=50, dim=16, depth=1, heads=2, dim_head=8)
     with pytest.raises(ValueError, match="there is no img_encoder"):
         model(torch.tensor([[3, 5]]), torch.randn(1, 1, 3, 16, 16))
+
+
+SMALL = {"num_tokens": 50, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "perceiver_num_latents": 3}
+
+
+@pytest.mark.parametrize("time_mask, message", [
+    ([[False, True]], "has a hole"), ([[True, True, True]], r"must be \(1, 2\)"), ([True, True], r"must be \(1, 2\)"),
+])  # fmt: skip
+def test_a_time_mask_that_says_nothing_certain_is_refused(time_mask, message):
+    model = FlamingoPaLM(**SMALL, cross_attn_every=1)
+    with pytest.raises(ValueError, match=message):
+        model(torch.tensor([[3, 5, 6]]), embeds=torch.randn(1, 2, 4, 16), time_mask=torch.tensor(time_mask))
+
+
+@pytest.mark.parametrize("pooled", [lambda x: x.mean(dim=1), lambda x: x[..., :8], lambda x: (x, x)])
+def test_an_encoder_that_gives_no_patch_embeddings_is_refused(pooled):
+    class Pooled(Patches):
+        def forward(self, images):
+            return pooled(super().forward(images))
+
+    model = FlamingoPaLM(**SMALL, cross_attn_every=1, img_encoder=Pooled(16))
+    with pytest.raises(ValueError, match=r"must give patch embeddings \(N, v, 16\)"):
+        model(torch.tensor([[3, 5, 6]]), torch.randn(1, 1, 3, 16, 16))
+
+
+def test_one_of_our_encoders_is_trained_end_to_end_if_asked_and_else_stays_as_it_was():
+    encoder = load_vision_encoder("asset:classroom/clip")
+    model = FlamingoPaLM(**SMALL | {"dim": encoder.dim}, cross_attn_every=1, img_encoder=encoder)
+    with torch.no_grad():
+        model.lm._get_decoder_layers()[0].gated_cross_attn_layer.attn_gate.fill_(1.0)
+    text, pictures = torch.tensor([[3, 5, 6]]), torch.randn(1, 1, 3, *encoder.image_size)
+    for end_to_end in (True, False):
+        model.train_pictures_only(img_encoder=end_to_end).zero_grad()
+        model(text, pictures).sum().backward()
+        moved = [p.grad is not None and bool(p.grad.any()) for p in encoder.parameters()]
+        assert sum(moved) > len(moved) / 2 if end_to_end else not any(moved)
+
+
+def test_a_frozen_encoder_has_no_dropout_and_learns_no_statistics():
+    encoder = nn.Sequential(nn.Dropout(0.5), Patches(16), nn.BatchNorm1d(4))
+    model = FlamingoPaLM(**SMALL, cross_attn_every=1, img_encoder=encoder).train()
+    text, pictures = torch.tensor([[3, 5, 6]]), torch.randn(1, 2, 3, 16, 16)
+    assert encoder[0].training  # it trains
+    model.train_pictures_only().train()
+    before = encoder[2].running_mean.clone()
+    features = [model._encode(pictures) for _ in range(2)]
+    assert model.training and torch.equal(*features) and torch.equal(encoder[2].running_mean, before)
+    assert model(text, pictures).requires_grad
+    assert model.train_pictures_only(img_encoder=True).img_encoder[0].training
 
 
 # ------------------------------------------------------------------------------------------------ trained by train.py

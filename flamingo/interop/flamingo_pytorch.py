@@ -18,6 +18,7 @@ from flamingo.model import cross_attention, resampler
 from flamingo.model.cross_attention import Images, MediaMask, media_attention_mask
 from flamingo.model.language_model import FlamingoLMMixin, extend_instance
 from flamingo.model.palm import PaLMConfig, PaLMForCausalLM
+from flamingo.model.vision import VisionEncoder
 
 
 class PerceiverResampler(resampler.PerceiverResampler):
@@ -85,7 +86,8 @@ class FlamingoPaLM(nn.Module):
 
     Args:
         num_tokens, dim, depth, heads, dim_head, ff_mult: of the PaLM.
-        img_encoder: any module (N, C, H, W) → patch embeddings (N, v, dim); may be left out where embeddings are given.
+        img_encoder: any module (N, C, H, W) → patch embeddings (N, v, dim), such as those of `load_vision_encoder`; may
+            be left out where embeddings are given.
         media_token_id: the token that stands for a picture.
         cross_attn_every: the first of each group of so many layers gets a cross-attention before it.
         perceiver_num_latents, perceiver_depth: of the resampler.
@@ -128,6 +130,13 @@ class FlamingoPaLM(nn.Module):
             layer.gated_cross_attn_layer.requires_grad_(True)
         if self.img_encoder is not None:
             self.img_encoder.requires_grad_(img_encoder)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "FlamingoPaLM":
+        """A frozen encoder stays in eval mode, or its dropout and batch norms would make another one of it."""
+        super().train(mode)
+        if self.img_encoder is not None and not trains(self.img_encoder):
+            self.img_encoder.eval()
         return self
 
     def forward(
@@ -142,8 +151,8 @@ class FlamingoPaLM(nn.Module):
             time_mask: (B, T_img) bool, which pictures are there: those of a text come first.
 
         Raises:
-            ValueError: images and embeds are both given, there is no encoder for images, or a text mentions more
-                pictures than it has.
+            ValueError: images and embeds are both given, there is no encoder for images or it gives no patch
+                embeddings, a text mentions more pictures than it has, or time_mask is of another shape or has a hole.
         """
         if images is None and embeds is None:
             return self.lm(text, use_cache=False).logits
@@ -154,7 +163,7 @@ class FlamingoPaLM(nn.Module):
         texts, pictures = features.shape[:2]
         index = torch.arange(texts * pictures, device=text.device).view(texts, pictures)
         if time_mask is not None:
-            index = index.masked_fill(~time_mask.bool(), -1)
+            index = index.masked_fill(~_checked(time_mask.bool(), index), -1)
         with self.lm.conditioned(Images(self.perceiver(features.flatten(0, 1)), index)):
             return self.lm(text, use_cache=False).logits
 
@@ -163,5 +172,26 @@ class FlamingoPaLM(nn.Module):
         if self.img_encoder is None:
             raise ValueError("there is no img_encoder: give one to FlamingoPaLM, or embeds in place of images")
         images = rearrange(images, "B T C H W -> B T 1 C H W") if images.ndim == 5 else images
-        features = self.img_encoder(images.flatten(0, 2))  # (B·T·F, v, dim)
+        frames, encoder = images.flatten(0, 2), self.img_encoder
+        own = isinstance(encoder, VisionEncoder) and trains(encoder)  # by itself one of ours gives no gradient
+        features = encoder.patch_features(frames) if own else encoder(frames)  # (B·T·F, v, dim)
+        dim, shape = self.perceiver.dim, tuple(features.shape) if isinstance(features, Tensor) else type(features)
+        if not (isinstance(features, Tensor) and features.ndim == 3 and features.shape[-1] == dim):
+            raise ValueError(
+                f"img_encoder must give patch embeddings (N, v, {dim}), not {shape} (towers of timm and open_clip pool "
+                "them: load_vision_encoder reads the patches)"
+            )
         return features.unflatten(0, images.shape[:3])
+
+
+def trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _checked(time_mask: Tensor, index: Tensor) -> Tensor:
+    """Raises ValueError unless both are (B, T_img) and the pictures of a text come first."""
+    if time_mask.shape != index.shape:
+        raise ValueError(f"time_mask must be {tuple(index.shape)}, as there are pictures, not {tuple(time_mask.shape)}")
+    if (time_mask[:, 1:] & ~time_mask[:, :-1]).any():
+        raise ValueError("time_mask has a hole: the pictures of a text come first, those that are missing last")
+    return time_mask

@@ -105,6 +105,14 @@ def causal_mask(attention_mask: Tensor, length: int) -> Tensor:
     return ((place <= query) & attention_mask.bool()[:, None, None, :]) | (place == query)
 
 
+def _must_do_nothing(others: dict) -> None:
+    """Raises ValueError for an argument of a call that would be ignored. (Older versions of `generate` pass the cache's
+    positions, which the cache knows; and None or False asks for nothing.)"""
+    for name, value in others.items():
+        if name != "cache_position" and value is not None and value is not False:
+            raise ValueError(f"this PaLM does nothing with {name}={value!r}: leave it out")
+
+
 class PaLMPreTrainedModel(PreTrainedModel):
     config_class = PaLMConfig
     base_model_prefix = "model"
@@ -126,13 +134,17 @@ class PaLMModel(PaLMPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, cache: Cache | None = None,
-        past_key_values: Cache | None = None, use_cache: bool | None = None, **_,
+        past_key_values: Cache | None = None, use_cache: bool | None = None, output_hidden_states: bool | None = None,
+        **others,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """(B, T) → `.last_hidden_state` (B, T, D).
 
         attention_mask, position_ids: (B, S) of the whole text, (B, T). cache (past_key_values before transformers
-        5.24): of the tokens before. Raises ValueError unless one of input_ids and inputs_embeds is given.
+        5.24): of the tokens before. output_hidden_states: `.hidden_states` as well, what each layer reads and the last
+        one. Raises ValueError unless one of input_ids and inputs_embeds is given, and for an argument that would do
+        nothing.
         """
+        _must_do_nothing(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -144,10 +156,14 @@ class PaLMModel(PaLMPreTrainedModel):
             attention_mask = torch.ones(len(x), so_far, dtype=torch.long, device=x.device)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-        turn, mask = self.turn(position_ids), causal_mask(attention_mask, length)
+        turn, mask, states = self.turn(position_ids), causal_mask(attention_mask, length), []
         for layer in self.layers:
+            states.append(x)
             x = layer(x, turn, mask, cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **compat.as_output(cache))
+        x = self.norm(x)
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden = (*states, x) if asked else None
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **compat.as_output(cache))
 
     def turn(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return rotation(position_ids, self.config.head_dim, self.config.rotary_base)
@@ -168,20 +184,22 @@ class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, cache: Cache | None = None,
         past_key_values: Cache | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int = 0, **_,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
+        logits_to_keep: int = 0, return_dict: bool | None = None, **others,
+    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
         """As `PaLMModel`, and `.logits` (B, T, vocabulary); with labels (B, T) the mean loss of the next tokens.
 
-        logits_to_keep: of the last tokens only; 0 for all.
+        logits_to_keep: of the last tokens only; 0 for all. return_dict: False for a tuple.
         """
         output = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds, cache, past_key_values, use_cache
+            input_ids, attention_mask, position_ids, inputs_embeds, cache, past_key_values, use_cache, **others
         )  # fmt: skip
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **compat.as_output(compat.find_cache(output.values())))
+        found = compat.as_output(compat.find_cache(output.values()))
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states, **found)
+        return result.to_tuple() if return_dict is False else result
 
 
 AutoConfig.register(PaLMConfig.model_type, PaLMConfig, exist_ok=True)
