@@ -313,6 +313,8 @@ def test_a_palm_is_trained_on_a_text_file_and_becomes_a_flamingo(tmp_path):
     assert type(built.model.lang_encoder).__name__ == "FlamingoPaLMForCausalLM" and len(built.model.gates()) == 2
     with pytest.raises(InputError, match="describes a 'palm', not a flamingo"):
         load_model(out)
+    with pytest.raises(InputError, match=r"cannot load the vision encoder .*: it is a model of the kind 'palm', not a"):
+        load_vision_encoder(str(out))
     with pytest.raises(InputError, match="finished"):
         parse_training_options(["--resume", str(out)])
 

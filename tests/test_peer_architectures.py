@@ -50,21 +50,41 @@ def test_every_tensor_arrives_under_our_name(family, tmp_path):
         assert torch.equal(value[-len(rows) :] if ".additional_" in name else value, rows), name
 
 
-def test_kosmos_computes_what_the_peer_computes(tmp_path, texts, pictures):
-    """Its formula: token embeddings with each <image> replaced by the projected latents, read by the language model."""
-    theirs = checkpoint("kosmos", tmp_path / "c.safetensors")
-    model = tiny_vlm("perceiver", "language-stream", **FAMILIES["kosmos"][2])
-    import_weights(model, tmp_path / "c.safetensors")
-    lm = tiny_lm()
-    weights = {name.removeprefix("lang_model."): t for name, t in theirs.items() if name.startswith("lang_model.model")}
-    lm.load_state_dict({name: t for name, t in weights.items() if "additional" not in name}, strict=False)
+def resampler_of(own: dict):
     from flamingo.model.resampler import PerceiverResampler
 
-    resampler = PerceiverResampler(dim=12, depth=2, dim_head=8, heads=2, num_latents=3)
-    own = {name.removeprefix("vision_tokenizer."): t for name, t in theirs.items() if "vision_tokenizer" in name}
     weight, bias = own.pop("projection.weight"), own.pop("projection.bias")
+    resampler = PerceiverResampler(dim=12, depth=2, dim_head=8, heads=2, num_latents=3)
     resampler.load_state_dict(own)
-    latents = resampler(model.encode_images(pictures.flatten(0, 1))) @ weight.T + bias  # (4, n, D)
+    return lambda features: resampler(features) @ weight.T + bias
+
+
+def qformer_of(own: dict):
+    """transformers' own, called as the peer calls it: one picture's patches, the same queries for each."""
+    from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+    weight, bias, queries = own.pop("proj.weight"), own.pop("proj.bias"), own.pop("query_tokens")
+    qformer = Blip2QFormerModel(Blip2QFormerConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, encoder_hidden_size=12,
+        cross_attention_frequency=2,
+    )).eval()  # fmt: skip
+    qformer.load_state_dict({name.removeprefix("qformer."): value for name, value in own.items()})
+    read = lambda x: qformer(query_embeds=queries, encoder_hidden_states=x).last_hidden_state  # noqa: E731
+    return lambda features: torch.cat([read(x) for x in features]) @ weight.T + bias
+
+
+@pytest.mark.parametrize("family, tokenizer", [("kosmos", resampler_of), ("blip", qformer_of)])
+def test_a_stream_computes_what_the_peer_computes(family, tokenizer, tmp_path, texts, pictures):
+    """Its formula: token embeddings with each <image> replaced by the projected latents, read by the language model."""
+    theirs = checkpoint(family, tmp_path / "c.safetensors")
+    model = tiny_vlm(FAMILIES[family][0], "language-stream", **FAMILIES[family][2])
+    import_weights(model, tmp_path / "c.safetensors")
+    lm = tiny_lm()
+    frozen = model.lang_encoder.state_dict()  # of BLIP's language model the checkpoint has nothing
+    weights = {name.removeprefix("lang_model."): t for name, t in theirs.items() if name.startswith("lang_model.model")}
+    lm.load_state_dict({n: t for n, t in (frozen | weights).items() if "additional" not in n}, strict=False)
+    own = {n.removeprefix("vision_tokenizer."): t for n, t in theirs.items() if n.startswith("vision_tokenizer.")}
+    latents = tokenizer(own)(model.encode_images(pictures.flatten(0, 1)))  # (4, n, D)
     ours = model(texts, pixel_values=pictures).logits
     for b in range(2):
         read, seen = [], 0
@@ -72,7 +92,7 @@ def test_kosmos_computes_what_the_peer_computes(tmp_path, texts, pictures):
             if token == IMAGE:
                 read.append(latents[2 * b + seen])
                 seen += 1
-            elif token == EOC:  # the peer has no such token in Kosmos: ours, untouched by the checkpoint
+            elif token == EOC:  # the peer has no such token here: ours, untouched by the checkpoint
                 read.append(model.lang_encoder.get_input_embeddings()(torch.tensor([EOC])))
             else:
                 read.append(lm.model.decoder.embed_tokens(torch.tensor([token])))

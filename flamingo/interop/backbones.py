@@ -75,10 +75,13 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
 
 
 def _load_hugging_face_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
-    from transformers import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionModel
 
     folder_or_id = os.path.expanduser(name)
     with _loading(f"the vision encoder {name}", folder_or_id, None if Path(folder_or_id).is_dir() else name):
+        kind = CLIPConfig.get_config_dict(folder_or_id)[0].get("model_type", "clip")
+        if kind not in ("clip", "clip_vision_model"):
+            raise InputError(f"it is a model of the kind {kind!r}, not a CLIP")
         tower, found = CLIPVisionModel.from_pretrained(folder_or_id, dtype=torch.float32, output_loading_info=True)
         _all_there(found)
         _all_finite(tower)
