@@ -2,10 +2,10 @@
 
     python -m benchmarks.architectures --seeds 3 [--only kosmos llava] [--json FILE] [--out FOLDER] [-- --steps 400]
 
-All are trained by `python train.py` (what follows -- are further options of it) on the same scenes in the same order,
-each for as many steps as its preset has, and take the same exam (evaluate.py). Beside that, of a fresh model: how the
-time of reading a text grows with its pictures, and what has to be kept of them for each further token. A run folder
-that is whole is not trained again, and an exam that was taken is not taken again.
+All are trained by `python train.py` (what follows -- are further options of it), each for as many steps and on such a
+mix of texts as its preset has (classroom/examples.py), and take the same exam (evaluate.py). Beside that, of a fresh
+model: how the time of reading a text grows with its pictures, and what has to be kept of them for each further token. A
+run folder that is whole is not trained again, and an exam that was taken is not taken again.
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ def run_one(name: str, seed: int, folder: Path, options: list[str], exam: list[s
         "binding": scores["fast_binding"]["accuracy"],
         "binding_five_way": scores["fast_binding"]["five_way"]["accuracy"],
         "shots": {k: row["exact_match"] for k, row in scores["shots"].items()},
+        "questions": {k: row["exact_match"] for k, row in scores["questions"]["shots"].items()},
         "seconds": summary["seconds"],
         "captions_seen": summary["captions_seen"],
         "captions_per_second": summary["captions_per_second"],
@@ -115,19 +116,24 @@ def mean_of(runs: list[dict], what: str) -> float:
     return statistics.mean(values) if values else float("nan")
 
 
+SCORES = {"exact match": "exact_match", "three things": "three_things", "novel": "novel", "binding": "binding",
+          "five-way": "binding_five_way"}  # fmt: skip
+SHOTS = {"0 shots": ("shots", "0"), "4 shots": ("shots", "4"), "questions, 0": ("questions", "0"),
+         "4 ": ("questions", "4")}  # fmt: skip
+COSTS = {"captions": "captions_seen", "seconds": "seconds", "captions/s": "captions_per_second",
+         "bytes": "peak_memory_bytes"}  # fmt: skip
+
+
 def show(result: dict) -> None:
-    """A line for each architecture: means over the seeds."""
-    head = ["", "exact match", "three things", "novel", "binding", "five-way", "0 shots", "4 shots", "trained",
-            "captions", "seconds", "captions/s"]  # fmt: skip
+    """A line for each seed of each architecture, and how reading grows with pictures."""
     rows = []
     for name, held in result.items():
-        runs = held["seeds"]
-        scores = ("exact_match", "three_things", "novel", "binding", "binding_five_way")
-        shots = [statistics.mean(run["shots"][k] for run in runs) for k in ("0", "4") if k in runs[0]["shots"]]
-        costs = [f"{held['trained']:,}", f"{mean_of(runs, 'captions_seen'):,.0f}"]
-        costs += [mean_of(runs, what) for what in ("seconds", "captions_per_second")]
-        rows.append([name, *(mean_of(runs, what) for what in scores), *shots, *["-"] * (2 - len(shots)), *costs])
-    common.print_table(head, rows)
+        for run in held["seeds"]:
+            shots = [run[what].get(count, "-") for what, count in SHOTS.values()]
+            scores = ["-" if run[what] is None else run[what] for what in SCORES.values()]
+            costs = [f"{run[what]:,.0f}" for what in COSTS.values()]
+            rows.append([f"{name}, seed {run['seed']}", *scores, *shots, f"{held['trained']:,}", *costs])
+    common.print_table(["", *SCORES, *SHOTS, "trained", *COSTS], rows)
     rows = [[name, *((point["seconds"] and 1000 * point["seconds"]) or "too long" for point in held["growth"])]
             for name, held in result.items()]  # fmt: skip
     print("\nms to read 4 texts with so many pictures each")

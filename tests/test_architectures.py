@@ -307,6 +307,8 @@ def test_pixel_shuffle_lays_squares_of_patches_side_by_side():
     linear(torch.arange(16.0).view(1, 1, 16, 1))
     assert seen[0][0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert linear.num_latents == 4
+    with pytest.raises(ValueError, match="a picture of 15 patches, but "):
+        linear(torch.zeros(1, 1, 15, 1))
 
 
 def test_the_q_former_looks_in_every_second_layer_and_tells_frames_apart():

@@ -22,7 +22,8 @@ def test_the_comparison_runs_and_goes_on_where_it_was(tmp_path, capsys):
     (run,) = found["llava"]["seeds"]
     assert 0 <= run["exact_match"] <= 1 and run["shots"].keys() == {"0", "4"} and run["captions_seen"] > 0
     assert [point["pictures"] for point in found["llava"]["growth"]] == [1, 2]
-    assert "4 shots" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 shots" in said and "llava, seed 0" in said and f"{run['peak_memory_bytes']:,}" in said
     with Image.open(figure) as picture:
         assert picture.width > 800
     weights = tmp_path / "runs" / "llava-0" / "model.safetensors"

@@ -47,12 +47,16 @@ class LinearProjection(nn.Module):
                 f"linear.shuffle {config.shuffle}: {config.num_patches} patches form no square that squares of "
                 f"{config.shuffle} by {config.shuffle} fill"
             )
+        self.num_patches = config.num_patches
         self.num_latents = config.num_patches // config.shuffle**2  # of a still picture
         self.projection = nn.Linear(dim * config.shuffle**2, self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, F, v, d) → (N, n, d'). The frames of a video follow each other."""
+        """(N, F, v, d) → (N, n, d'). The frames of a video follow each other. Raises ValueError for another number of
+        patches than it was built for, where these form squares."""
         if self.shuffle > 1:
+            if x.shape[2] != self.num_patches:
+                raise ValueError(f"a picture of {x.shape[2]} patches, but linear.num_patches is {self.num_patches}")
             side = math.isqrt(x.shape[2]) // self.shuffle
             x = rearrange(x, "N F (h a w b) d -> N F (h w) (a b d)", h=side, a=self.shuffle, b=self.shuffle)
         return self.projection(rearrange(x, "N F v d -> N (F v) d"))
