@@ -131,7 +131,7 @@ def test_chex_is_read_by_the_names_of_the_fork(tmp_path):
     assert chex.imgs["1"] == {"id": 1, "file": ["1.png", "1 side.png"], "annotation_id": 101}
     assert chex.anns["101"]["findings"] == "w1 w1 w2"
     rows = [row for _, row in chex.rows()]
-    assert rows[2] == {"image": "1 side.png", "caption": "w1 w1 w2", "study": "1"} and len(rows) == 9
+    assert rows[2] == {"image": "1 side.png", "caption": "w1 w1 w2", "study": "101"} and len(rows) == 9
     assert len(chex.notes) == 3
     by_id = {part: {str(entry["id"]): entry for entry in entries} for part, entries in chex.dataset.items()}
     assert [row for _, row in Chex(by_id, "x").rows()] == rows
@@ -151,6 +151,25 @@ def test_a_chex_set_is_trained_on_and_what_points_nowhere_is_counted(tmp_path):
     (tmp_path / "folder").mkdir()
     write_chex(tmp_path / "folder").rename(tmp_path / "folder" / "train.json")
     assert sum(map(len, load_captions(tmp_path / "folder").values())) == 9  # a folder of such files and their pictures
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_pictures_of_a_study_stay_together_also_with_a_row_each(seed, files, tmp_path):
+    """Three pictures of each of eight studies, each with an id of its own; one study is numbered by a text. In two
+    files: some pictures of each study in one of them, the others in the other."""
+    images = [{"id": i, "file": f"{i}.png", "annotation_id": str(i % 8) if i == 20 else i % 8} for i in range(24)]
+    annotations = [{"id": study, "report": f"report {study}"} for study in range(8)]
+    for i in range(24):
+        Image.fromarray(RAMP + np.uint16(i)).save(tmp_path / f"{i}.png")
+    for k in range(files):
+        dataset = {"images": images[k * 12 :] if k else images[: 24 // files], "annotations": annotations}
+        (tmp_path / f"part{k}.json").write_text(json.dumps(dataset))
+    sets = load_captions(tmp_path, seed=seed)
+    read = {name: {repr(part.texts(i)) for i in range(len(part))} for name, part in sets.items()}
+    assert not read["train"] & read["validation"]  # no report is trained on and held out
+    assert len(read["train"] | read["validation"]) == 8 and sum(map(len, sets.values())) == 24
+    assert len(sets["validation"]) == 3 * len(read["validation"]) == 6
 
 
 @pytest.mark.parametrize("dataset, message", [

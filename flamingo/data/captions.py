@@ -126,8 +126,8 @@ class CaptionedPictures(Dataset):
 
     def split_off(self, share: float, seed: int) -> tuple["CaptionedPictures", "CaptionedPictures"]:
         """Two sets, the second with `share` of the pictures, at least two if that leaves as many. What shows the same
-        pictures stays together, as where each caption has a row, and what is of one study. Raises InputError if there
-        is but one example."""
+        pictures stays together, as where each caption has a row, and what is of one study (unless all is: then by
+        examples). Raises InputError if there is but one example."""
         if len(self) < 2:
             raise InputError(f"{self.where} has {len(self)} usable example: training needs at least 2")
         same = {shown: number for number, shown in enumerate(dict.fromkeys(self.shown))}

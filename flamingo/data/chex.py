@@ -1,8 +1,10 @@
 """Chest X-rays with their reports in one file, the layout of flamingo-mini's medical fork.
 
 What this file teaches: a study is several pictures and one text, which lie apart in such a file and meet by number.
+The pictures may stand in one row of `images` or have a row each: those with the same `annotation_id` are of one study.
 Each picture is an example with the text of its study; and what is held out of a set is held out by studies, or a model
-would be tested on reports that it has read.
+would be tested on reports that it has read. (Two studies whose reports say the same, as those of healthy people do, are
+two.)
 
     {"images": [{"id": 1, "file": ["front.png", "side.png"], "annotation_id": 7}, …],
      "annotations": [{"id": 7, "findings": "no pneumothorax"}, …]}
@@ -62,7 +64,9 @@ class Chex:
                 self.notes.append(f"{shown(files[0])}: its annotation has no text ({', '.join(TEXTS)})")
                 continue
             for file in files:
-                yield f"{self.name}, image {number}", {"image": file, "caption": text, "study": number}
+                # Its number, whatever file it is in: of several files of a folder each may hold pictures of one study.
+                study = str(image["annotation_id"])
+                yield f"{self.name}, image {number}", {"image": file, "caption": text, "study": study}
 
 
 def read_chex(file: Path) -> Chex | None:
