@@ -71,11 +71,110 @@ def test_a_dicom_is_read_as_it_is_looked_at():
     assert (grey(dicom(np.full((8, 8), 7))) == 0).all()  # all the same
 
 
-def test_a_coloured_dicom_keeps_its_colours():
-    colours = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
-    depth = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelRepresentation": 0}
-    made = dicom(None, Rows=2, Columns=1, PixelData=bytes([255, 0, 0, 0, 0, 255]), **colours, **depth)
-    assert np.array(open_picture(made)).tolist() == [[[255, 0, 0]], [[0, 0, 255]]]
+FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+WINDOWS = [{"WindowCenter": 504, "WindowWidth": 201, "VOILUTFunction": function} for function in FUNCTIONS]
+WINDOWS += [{"WindowCenter": 496.5, "WindowWidth": 1}, {}]  # a step, just above one of the measurements
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_negative_slope_makes_the_same_picture_of_the_same_measurements(window, kind):
+    upwards = grey(dicom(RAMP, RescaleSlope=1, RescaleIntercept=0, PhotometricInterpretation=kind, **window))
+    downwards = dicom(1008 - RAMP, RescaleSlope=-1, RescaleIntercept=1008, PhotometricInterpretation=kind, **window)
+    assert (grey(downwards) == upwards).all() and upwards.min() == 0 and upwards.max() == 255
+
+
+@pytest.mark.parametrize("window", WINDOWS[:-1])
+def test_windows_are_those_of_pydicom(window):
+    data = dicom(RAMP, **window)
+    file = pytest.importorskip("pydicom").dcmread(io.BytesIO(data))
+    theirs = __import__("pydicom.pixels", fromlist=["x"]).apply_windowing(file.pixel_array, file)  # 0 … 65535
+    assert abs(grey(data) - theirs / 257).max() <= 0.51
+    negative = grey(dicom(RAMP, PhotometricInterpretation="MONOCHROME1", **window))
+    assert abs(negative + grey(data) - 255).max() <= 1
+
+
+@pytest.mark.parametrize("window", [
+    {"WindowWidth": 0, "WindowCenter": 504}, {"WindowWidth": -3, "WindowCenter": 504}, {"WindowWidth": 201},
+    {"WindowCenter": 504}, {"WindowWidth": 201, "WindowCenter": None}, {"WindowWidth": 0.5, "WindowCenter": 504},
+    {"WindowWidth": 0, "WindowCenter": 504, "VOILUTFunction": "SIGMOID"},
+    {"WindowWidth": 201, "WindowCenter": 504, "VOILUTFunction": "CUBIC"},
+])  # fmt: skip
+def test_a_window_that_shows_nothing_counts_as_none(window):
+    assert (grey(dicom(RAMP, **window)) == grey(dicom(RAMP))).all()
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 700, "WindowWidth": 401}])
+@pytest.mark.parametrize("stored, fields", [
+    (65535, {"PixelPaddingValue": 65535}), (0, {"PixelPaddingValue": 0}),
+    (60001, {"PixelPaddingValue": 60000, "PixelPaddingRangeLimit": 60002}),
+    (60001, {"PixelPaddingValue": 60002, "PixelPaddingRangeLimit": 60000}),
+    (63536, {"PixelPaddingValue": -2000, "PixelRepresentation": 1}),
+])  # fmt: skip
+def test_padding_is_background_and_takes_no_grey_from_the_picture(stored, fields, window, kind):
+    """The first two rows are padding; the rest is as bright as in a picture that has none."""
+    fields = fields | window | {"PhotometricInterpretation": kind}
+    pixels = np.vstack([np.full((2, 8), stored), RAMP[2:]])
+    there = grey(dicom(pixels, **fields))
+    assert (there[:2] == 0).all()
+    without = np.vstack([RAMP[2:4], RAMP[2:]])
+    assert (there[2:] == grey(dicom(without, **fields))[2:]).all() and there[2:].max() == 255 and there[2:].min() == 0
+    assert (grey(dicom(np.full((8, 8), stored), **fields)) == 0).all()  # nothing but padding
+
+
+def test_padding_of_a_signed_picture_written_without_its_sign():
+    """63536 for -2000, as some scanners have it; in a file whose fields name their types nobody mends it."""
+    pydicom = pytest.importorskip("pydicom")
+    pixels = np.vstack([np.full((2, 8), 63536), RAMP[2:]])
+    wrong = pydicom.DataElement(0x00280120, "US", 63536)
+    file = pydicom.dcmread(io.BytesIO(dicom(pixels, PixelRepresentation=1)))
+    file.add(wrong)
+    data = io.BytesIO()
+    file.save_as(data)
+    there = grey(data.getvalue())
+    assert (there[:2] == 0).all() and there[2, 0] == 0 and there[3, 0] > 30
+
+
+def colours(pixels: np.ndarray, bits: int, kind: str = "RGB", **fields) -> np.ndarray:
+    """The picture (H, W, 3) of a DICOM of (H, W, 3) or of (H, W) numbers of colours."""
+    deep = 8 if bits <= 8 else 16
+    depth = {"BitsAllocated": deep, "BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": 0}
+    several = {"SamplesPerPixel": 3, "PlanarConfiguration": 0} if pixels.ndim == 3 else {"SamplesPerPixel": 1}
+    fields |= {"Rows": pixels.shape[0], "Columns": pixels.shape[1], "PhotometricInterpretation": kind}
+    return np.array(open_picture(dicom(
+        None, PixelData=pixels.astype(f"<u{deep // 8}").tobytes(), **depth, **several, **fields)))  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_a_coloured_dicom_keeps_its_colours(bits):
+    white = 2**bits - 1
+    pixels = np.array([[[white, 0, 0], [0, 0, white]], [[white // 2 + 1, white // 4, 0], [white] * 3]])
+    seen = colours(pixels, bits)
+    assert seen[0].tolist() == [[255, 0, 0], [0, 0, 255]] and seen[1, 1].tolist() == [255, 255, 255]
+    assert seen[1, 0, 0] == 128 and abs(int(seen[1, 0, 1]) - 64) <= 1
+
+
+def test_brightness_and_colour_apart_are_put_together():
+    """YBR_FULL, as most packed colours are: (Y, Cb, Cr) of red, of green, and of grey."""
+    red, green, mid = [76, 85, 255], [150, 44, 21], [99, 128, 128]
+    seen = colours(np.array([[red, green], [mid, mid]]), 8, "YBR_FULL").astype(int)
+    assert abs(seen[0] - [[255, 0, 0], [0, 255, 0]]).max() <= 2 and (seen[1] == 99).all()
+
+
+@pytest.mark.parametrize("bits, stored", [(8, "<u1"), (16, "<u2"), (8, "<u2")])
+def test_a_palette_gives_its_colours(bits, stored):
+    """Four colours, numbered from 3; what is below has the first, what is beyond the last."""
+    white = 2**bits - 1
+    tables = np.array([[white, 0, 0], [0, white, 0], [0, 0, white], [white, white, 0]], dtype=stored).T
+    names = ("Red", "Green", "Blue")
+    palette = {f"{name}PaletteColorLookupTableData": table.tobytes() for name, table in zip(names, tables, strict=True)}
+    palette |= {f"{name}PaletteColorLookupTableDescriptor": [4, 3, bits] for name in names}
+    seen = colours(np.array([[3, 4, 5], [6, 0, 259]]), 16, "PALETTE COLOR", **palette)
+    red, green, blue, yellow = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]
+    assert seen.tolist() == [[red, green, blue], [yellow, red, yellow]]
+    with pytest.raises(Unusable, match="is a DICOM of palette colours without its palette"):
+        colours(np.array([[3, 4]]), 8, "PALETTE COLOR")
 
 
 @pytest.mark.parametrize("made, message", [
