@@ -91,8 +91,9 @@ def must_be_regular(path: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says first."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error of another library says first; of torch's "Error(s) in loading …:" also which."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 # Options of every `from_pretrained`: of a hub, and what auto classes and pipelines pass along without effect here.

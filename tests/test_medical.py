@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BioGptConfig, BioGptForCausalLM, PreTrainedTokenizerFast
 
@@ -23,6 +25,7 @@ from flamingo.data.chex import Chex, read_chex
 from flamingo.data.pictures import open_picture
 from flamingo.data.places import Unusable
 from flamingo.files import asset
+from flamingo.interop.backbones import load_vision_encoder
 from flamingo.presets import model_config
 from flamingo.training.log import RunLog
 
@@ -348,24 +351,76 @@ def save_biogpt(folder: Path) -> str:
     return str(folder)
 
 
-def save_biomedclip(folder: Path) -> str:
-    """As BiomedCLIP: a ViT of timm inside an open_clip model, a small one here, in a folder as a hub would send it."""
-    import open_clip
-    from safetensors.torch import save_file
+HF_TEXT = {"hf_model_name": "nobody/a-bert-of-the-hub", "hf_tokenizer_name": "nobody/a-bert-of-the-hub",
+           "hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 256}  # fmt: skip
 
+
+def save_biomedclip(folder: Path, name: str = "open_clip_model.safetensors", **more_settings) -> str:
+    """As BiomedCLIP: a ViT of timm inside an open_clip model, a small one here, in a folder as a hub would send it.
+    Its text tower is a BERT, whose config lies in another repository of the hub."""
     settings = {
         "embed_dim": 16,
         "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "",
                        "timm_proj": "linear", "image_size": 224},
-        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
     }  # fmt: skip
-    folder.mkdir()
+    folder.mkdir(parents=True)
     torch.manual_seed(0)
-    clip = open_clip.CustomTextCLIP(**settings)
-    settings = {"model_cfg": settings | {"custom_text": True}, "preprocess_cfg": {}}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    weights = open_clip.CustomTextCLIP(**settings, text_cfg=text).state_dict()
+    weights = {key: value for key, value in weights.items() if not key.startswith("text.")}
+    weights["text.transformer.embeddings.word_embeddings.weight"] = torch.randn(9, 8)
+    weights["text.transformer.embeddings.position_ids"] = torch.arange(8)
+    settings = {"model_cfg": settings | {"text_cfg": HF_TEXT} | more_settings, "preprocess_cfg": {"mean": [0.5] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(weights, folder / name) if name.endswith(".safetensors") else torch.save(weights, folder / name)
     return f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize("name, more", [
+    ("open_clip_model.safetensors", {}), ("open_clip_pytorch_model.bin", {"init_logit_bias": -10}),
+])  # fmt: skip
+def test_a_vision_tower_is_loaded_without_the_repository_of_its_text_tower(name, more, tmp_path):
+    encoder = load_vision_encoder(save_biomedclip(tmp_path / "clip", name, **more))
+    file = tmp_path / "clip" / name
+    weights = load_file(file) if name.endswith(".safetensors") else torch.load(file)
+    loaded = encoder.tower.state_dict()
+    assert loaded.keys() == {key.removeprefix("visual.") for key in weights if key.startswith("visual.")}
+    assert all(torch.equal(value, weights[f"visual.{key}"]) for key, value in loaded.items())
+    assert encoder.preprocess.settings["mean"] == [0.5] * 3 and encoder.image_size == (224, 224) and encoder.dim == 192
+
+
+def test_so_is_one_of_the_hub_that_is_kept_on_this_machine(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    kept = tmp_path / "models--nobody--clip"
+    save_biomedclip(kept / "snapshots" / ("0" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    here = load_vision_encoder(f"local-dir:{kept / 'snapshots' / ('0' * 40)}")
+    assert load_vision_encoder("hf-hub:nobody/clip").fingerprint == here.fingerprint
+    with pytest.raises(InputError, match="hf-hub:nobody/other: it is not kept on this machine"):
+        load_vision_encoder("hf-hub:nobody/other")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda weights: {k: v for k, v in weights.items() if k.startswith("text.")},
+     r"has not the weights of its vision tower: 151 tensors are missing and 0 are not its own, such as visual\.trunk"),
+    (lambda weights: weights | {"visual.trunk.extra": torch.zeros(1)}, "0 tensors are missing and 1 are not its own"),
+    (lambda weights: weights | {"visual.head.proj.weight": torch.zeros(3, 3)}, "mismatch for visual.head.proj.weight"),
+    (lambda weights: weights | {"visual.head.proj.weight": torch.full((16, 192), torch.nan)}, "not finite"),
+    (lambda weights: None, "holds no weight file"),
+])  # fmt: skip
+def test_weights_that_are_not_those_of_the_vision_tower(change, message, tmp_path):
+    name, file = save_biomedclip(tmp_path / "clip"), tmp_path / "clip" / "open_clip_model.safetensors"
+    weights = change(load_file(file))
+    file.unlink()
+    if weights is not None:
+        save_file(weights, file)
+    with pytest.raises(InputError, match=f"cannot load the vision encoder local-dir.*{message}") as error:
+        load_vision_encoder(name)
+    assert len(str(error.value).splitlines()) == 1
 
 
 class Killed(BaseException):

@@ -68,7 +68,10 @@ def _load_open_clip(name: str, norm: bool, class_token: bool) -> VisionEncoder:
     if pretrained in open_clip.list_pretrained_tags_by_model(model_name):
         on_hub = open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub", "").strip("/")
     with _loading(f"the vision encoder {name}", str(folder or ""), on_hub):
-        clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
+        if pretrained is None and compat.has_text_of_transformers(name):  # as BiomedCLIP
+            clip = compat.open_clip_without_text(name)
+        else:
+            clip = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32", require_pretrained=True)
         _all_finite(clip.visual)
     preprocess = Preprocess({"library": "open_clip", **open_clip.get_model_preprocess_cfg(clip)})
     return OpenClipEncoder(clip.visual, name, preprocess, norm, class_token)  # the text tower is dropped

@@ -9,8 +9,8 @@ and what is not found is an error that names the version. Nothing else in this r
                           position ids, the attention interface, embed_scale
     pytorch.py            torch: oneDNN's own order of a matrix, an assertion that does not wait for a GPU, which
                           weights DistributedDataParallel leaves alone and FSDP2 splits
-    towers.py             open_clip, timm, CLIP: patch tokens and grids of features, what a name's weights were trained
-                          on, pictures' settings, QuickGELU
+    towers.py             open_clip, timm, CLIP: patch tokens and grids of features, a vision tower alone, what a name's
+                          weights were trained on, pictures' settings, QuickGELU
     versions.py           which versions work
 
 It imports nothing of ours but the error.
@@ -29,7 +29,7 @@ from flamingo.interop.compat.pytorch import (
     onednn_linear, onednn_order, without_onednn, without_onednn_warning,
 )  # fmt: skip
 from flamingo.interop.compat.towers import (
-    has_class_token, hugging_face_patches, open_clip_image_and_patches, open_clip_patches, open_clip_transform,
-    timm_config, timm_patches, trained_with_quick_gelu,
+    has_class_token, has_text_of_transformers, hugging_face_patches, open_clip_image_and_patches, open_clip_patches,
+    open_clip_transform, open_clip_without_text, timm_config, timm_patches, trained_with_quick_gelu,
 )  # fmt: skip
 from flamingo.interop.compat.versions import WORKING, check_versions, installed, range_of, unlike, with_version

@@ -1,7 +1,8 @@
-"""Of open_clip, timm and transformers' CLIP: patch tokens and grids of features of their towers, what their weights
-were trained on, QuickGELU, their pictures' settings."""
+"""Of open_clip, timm and transformers' CLIP: patch tokens and grids of features of their towers, a vision tower without
+its text tower, what their weights were trained on, QuickGELU, their pictures' settings."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,6 +65,47 @@ def open_clip_image_and_patches(tower: nn.Module, pixel_values: Tensor) -> tuple
     """(N, C, H, W) → the embedding of each picture (N, E) and its patch tokens after the final norm (N, v, d)."""
     result = tower.forward_intermediates(pixel_values, indices=1, normalize_intermediates=True, output_fmt="NLC")
     return result["image_features"], result["image_intermediates"][0]
+
+
+# Beside a vision tower in an open_clip model: the smallest text tower of open_clip's own. No weights are meant for it.
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+
+
+def has_text_of_transformers(name: str) -> bool:
+    """Is the text tower of an open_clip model (hf-hub:…, local-dir:…) a model of transformers?"""
+    import open_clip
+
+    return bool(open_clip.get_model_config(name)["text_cfg"].get("hf_model_name"))
+
+
+def open_clip_without_text(name: str) -> nn.Module:
+    """The open_clip model of a name (hf-hub:…, local-dir:…) with the weights of its vision tower alone.
+
+    For a text tower of transformers open_clip would ask the hub for the config of yet another model, to build what is
+    thrown away. Raises InputError if the weight file lacks tensors of the vision tower or has others.
+    """
+    import open_clip
+    from open_clip import factory, pretrained
+
+    clip = open_clip.create_model(
+        name, precision="fp32", load_weights=False, pretrained_text=False, text_cfg=NO_TEXT, init_logit_bias=None
+    )
+    on_hub, place = name.startswith("hf-hub:"), name.partition(":")[2]
+    look_up = getattr(pretrained, "download_pretrained_from_hf", None) if on_hub else (
+        getattr(factory, "_find_checkpoint_in_dir", None))  # fmt: skip
+    if look_up is None:
+        raise unlike("open_clip_torch", "finds weight files in another way")
+    file = look_up(place if on_hub else Path(place))
+    if file is None:
+        raise InputError(f"{place} holds no weight file, such as open_clip_model.safetensors")
+    found = open_clip.load_checkpoint(clip, file, strict=False)  # not strict: of the text
+    wrong = [[key for key in keys if key.startswith("visual.")] for keys in (found.missing_keys, found.unexpected_keys)]
+    if any(wrong):
+        raise InputError(
+            f"{Path(file).name} has not the weights of its vision tower: {len(wrong[0])} tensors are missing and "
+            f"{len(wrong[1])} are not its own, such as {(wrong[0] + wrong[1])[0]}"
+        )
+    return clip
 
 
 def has_class_token(tower: nn.Module) -> bool:
