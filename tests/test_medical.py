@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import tiny_lm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,15 +18,17 @@ from transformers import BioGptConfig, BioGptForCausalLM, PreTrainedTokenizerFas
 
 import evaluate
 import train
-from flamingo import FlamingoModel, InputError
+from flamingo import FlamingoConfig, FlamingoModel, InputError
 from flamingo import __main__ as captioning
-from flamingo.config import TrainingOptions
+from flamingo.config import CrossAttentionConfig, TrainingOptions
 from flamingo.data.captions import load_captions
 from flamingo.data.chex import Chex, read_chex
 from flamingo.data.pictures import open_picture
 from flamingo.data.places import Unusable
 from flamingo.files import asset
+from flamingo.interop import compat
 from flamingo.interop.backbones import load_vision_encoder
+from flamingo.model.language_model import FlamingoLayer, FlamingoLMMixin, extend_instance
 from flamingo.presets import model_config
 from flamingo.training.log import RunLog
 
@@ -294,9 +297,13 @@ PROCESSOR = ["__call__", "encode_text", "prepare_caption", "prepare_captions", "
 MODEL = ["forward", "get_modified_layers", "freeze_vm", "freeze_lm", "unfreeze_lm", "state_dict_trainable",
          "parameters_trainable", "encode_resample_visuals", "generate", "generate_captions", "from_pretrained",
          "prepare_captions", "prepare_inputs_for_generation"]  # fmt: skip
+LANGUAGE_MODEL = ["_init_layers"]  # the fork has it on the model; here it belongs to what it changes
+# Of the fork's arguments one is left out: head_mask of forward. No language model of transformers 5 takes one any more.
 ARGUMENTS = {
     "forward": ["input_ids", "attention_mask", "media_locations", "pixel_values", "visual_features", "inputs_embeds",
                 "use_cache", "past_key_values", "return_dict", "labels", "loss_reduction"],
+    "prepare_inputs_for_generation": ["input_ids", "media_locations", "attention_mask", "pixel_values",
+                                      "visual_features", "past", "past_key_values"],
     "generate_captions": ["processor", "pixel_values", "images", "prompt", "device"],
     "encode_resample_visuals": ["pixel_values"],
 }  # fmt: skip
@@ -309,7 +316,7 @@ def model() -> FlamingoModel:
 
 def test_every_method_of_the_medical_fork_is_there(model):
     processor = model.processor
-    for thing, names in ((processor, PROCESSOR), (model, MODEL)):
+    for thing, names in ((processor, PROCESSOR), (model, MODEL), (model.flamingo.lang_encoder, LANGUAGE_MODEL)):
         assert [name for name in names if not callable(getattr(thing, name, None))] == []
     for name, arguments in ARGUMENTS.items():
         assert set(arguments) <= set(inspect.signature(getattr(model, name)).parameters)
@@ -335,6 +342,53 @@ def test_the_methods_do_what_the_fork_says(model):
     assert model.prepare_captions(["a cat"]) == ["<image> a cat<|endofchunk|>"]
     (caption,) = model.generate_captions(processor, images=picture, max_length=9, num_beams=2, device="cpu")
     assert isinstance(caption, str)
+
+
+@pytest.mark.parametrize("name", ["past", "past_key_values", "cache", None])
+@pytest.mark.parametrize("preset", ["classroom", "classroom-kosmos"])
+def test_a_loop_over_prepared_inputs_says_what_generate_says(model, preset, name):
+    """Two texts with unlike pictures, the second longer; with the cache by each of its names, and without one."""
+    if preset != "classroom":
+        torch.manual_seed(0)
+        model = FlamingoModel(FlamingoConfig.of_model_config(model_config(TrainingOptions(preset=preset)))).eval()
+    pictures = [Image.new("RGB", (96, 96), color) for color in ("blue", "red")]
+    inputs = dict(model.processor(images=pictures, text=["<image> a", "<image> there is a"]))
+    wanted = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    cache, length, most = None, inputs["input_ids"].shape[1], []
+    for _ in range(5):
+        step = model.prepare_inputs_for_generation(
+            **inputs, use_cache=name is not None, **({} if cache is None else {name: cache})
+        )
+        most.append(step["input_ids"].shape[1])
+        output = model(**step)
+        cache = compat.cache_of(output) if name else None
+        allowed = output.logits[:, -1].clone()
+        allowed[:, [model.processor.media_token_id, model.processor.eoc_token_id]] = -torch.inf
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], allowed.argmax(dim=1)[:, None]], dim=1)
+        inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        inputs["media_locations"] = torch.nn.functional.pad(inputs["media_locations"], (0, 1))
+    assert torch.equal(inputs["input_ids"], wanted)
+    assert most == ([length, 1, 1, 1, 1] if name else list(range(length, length + 5)))
+
+
+def test_layers_of_a_live_language_model_are_wrapped_in_their_list():
+    lm = tiny_lm(layers=4)
+    layers, before = lm.model.decoder.layers, list(lm.model.decoder.layers)
+    ids = torch.arange(4, 10)[None]
+    plain = lm(ids).logits
+    extend_instance(lm, FlamingoLMMixin)
+    lm._init_layers(layers, dim_visual=12, config=CrossAttentionConfig(every=2, heads=2, dim_head=8))
+    wrapped = [layer for layer in layers if isinstance(layer, FlamingoLayer)]
+    assert len(wrapped) == 2 and lm._get_decoder_layers() == wrapped
+    assert [getattr(layer, "decoder_layer", layer) for layer in layers] == before
+    assert torch.equal(lm(ids).logits, plain)
+
+
+def test_a_head_mask_is_refused_by_name(model):
+    inputs = model.processor(images=Image.new("RGB", (96, 96)), text="<image> a")
+    assert model(**inputs, head_mask=None).logits.shape[0] == 1
+    with pytest.raises(TypeError, match="forward of FlamingoModel has no argument 'head_mask'"):
+        model(**inputs, head_mask=torch.ones(2, 4))
 
 
 # ------------------------------------------------------------------------------------------------------ the whole path

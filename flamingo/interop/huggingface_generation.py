@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from flamingo.data.chunks import MEDIA_TOKEN
 from flamingo.data.processor import FlamingoProcessor
@@ -88,6 +88,41 @@ class Generate:
             )
         stack.enter_context(compat.eager_attention(self.flamingo.lang_encoder))
         return stack.enter_context(recorded_cross_attention(self.flamingo))
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        media_locations: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        past: Cache | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool | None = None,
+        **kwargs,
+    ) -> dict:
+        """The arguments of `forward` for the next step of a loop of your own. (transformers' own method would leave the
+        pictures out, for `generate` here lays them beside the language model itself.)
+
+        input_ids, attention_mask: of the whole text so far. past, past_key_values, cache: one thing, by the names it
+        has had; if there is one, forward gets the tokens that are not in it (in a language stream the last), and no
+        pictures if they are kept with it. next_sequence_length: how many tokens, if it is not to be found out.
+        is_first_iteration: whatever transformers says here, the cache shows it.
+        """
+        cache = next((given for given in (cache, past_key_values, past) if given is not None), None)
+        read = compat.tokens_read(cache)
+        pictures = {"pixel_values": pixel_values, "visual_features": visual_features, "image_index": image_index}
+        if read:  # places of a stream are not tokens: the count of one says nothing of the other
+            new = next_sequence_length or (1 if self._is_stream() else max(1, input_ids.shape[1] - read))
+            input_ids = input_ids[:, -new:]
+            if hasattr(cache, "text_so_far"):
+                pictures, media_locations = {}, None
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "media_locations": media_locations}
+        given |= pictures | {"cache": cache} | kwargs
+        return {name: value for name, value in given.items() if value is not None}
 
     def compute_transition_scores(self, *args, **options) -> Tensor:
         """Log-probability of each generated token: the language model's, which knows how many tokens there are."""

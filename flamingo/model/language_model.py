@@ -121,22 +121,21 @@ class FlamingoLMMixin:
     ) -> None:  # fmt: skip
         """Freeze the model and wrap its layers.
 
-        Args:
-            media_token_id: id of <image>.
-            dim_visual: d of the latents.
-            config: which layers get a cross-attention, and of what shape.
-            decoder_layers_attr_name: where the layers are, if it cannot be found.
+        media_token_id: id of <image>. dim_visual: d of the latents. config: which layers get a cross-attention, and of
+        what shape. decoder_layers_attr_name: where the layers are, if it cannot be found.
         """
         config = config or CrossAttentionConfig()
         self.requires_grad_(False)
         self.media_token_id, self.only_immediate_media = media_token_id, config.only_immediate_media
-        _, layers = compat.find_decoder_layers(self, decoder_layers_attr_name)
-        chosen = layers_with_cross_attention(len(layers), config.every, config.placement)
-        dim = self.config.hidden_size
+        self._init_layers(compat.find_decoder_layers(self, decoder_layers_attr_name)[1], dim_visual, config)
+
+    def _init_layers(self, lm_layers: nn.ModuleList, dim_visual: int, config: CrossAttentionConfig) -> None:
+        """Put a gated cross-attention before each chosen decoder layer, in the list itself."""
+        chosen = layers_with_cross_attention(len(lm_layers), config.every, config.placement)
+        shape = {"dim": self.config.hidden_size, "dim_visual": dim_visual, **config.block_settings()}
         for i in chosen:
-            block = GatedCrossAttentionBlock(dim=dim, dim_visual=dim_visual, **config.block_settings())
-            layers[i] = FlamingoLayer(block, layers[i])
-        self._flamingo_layers = tuple(layers[i] for i in chosen)  # to look for them takes a millisecond a call
+            lm_layers[i] = FlamingoLayer(GatedCrossAttentionBlock(**shape), lm_layers[i])
+        self._flamingo_layers = tuple(lm_layers[i] for i in chosen)  # to look for them takes a millisecond a call
         self.clear_conditioned_layers()
 
     def _get_decoder_layers(self) -> list[FlamingoLayer]:
