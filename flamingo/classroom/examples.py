@@ -38,8 +38,8 @@ MIXES = {
 
 
 def mix_for(config: ModelConfig) -> Mix:
-    """What a model is shown, by the way it joins picture and text. A Q-Former learns names from lists, half of which
-    are names, 200 steps before it does from quizzes; no other needs them (assets/classroom/EXPERIMENTS.md)."""
+    """What a model is shown, by the way it joins picture and text. A Q-Former learns names from lists, which are little
+    but names, 200 steps before it does from quizzes; no other needs them (assets/classroom/EXPERIMENTS.md)."""
     mix = MIXES[config.fusion_type]
     return mix._replace(first_styles=("list", "telegram")) if config.tokenizer_type == "qformer" else mix
 
