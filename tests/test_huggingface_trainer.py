@@ -242,3 +242,23 @@ def test_the_example_trains_on_a_folder_of_pictures_and_answers(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("<image>")
     assert list(FlamingoModel.from_pretrained(tmp_path / "out").peft_config) == ["default"]
+
+
+def test_a_palm_of_ours_is_trained_as_well_and_two_half_batches_are_one(tmp_path):
+    from flamingo.model.palm import PaLMConfig, PaLMForCausalLM
+
+    def trained(batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+        palm = PaLMForCausalLM(PaLMConfig(vocab_size=30, **shape))
+        rows = [{"input_ids": row, "labels": row} for row in torch.arange(24).view(4, 6)]
+        arguments = TrainingArguments(
+            tmp_path, max_steps=2, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate,
+            learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        Trainer(palm, arguments, train_dataset=rows).train()
+        return tensors(palm)
+
+    one, other = trained(4, 1), trained(2, 2)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-3, msg=name)

@@ -173,6 +173,7 @@ class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
     """A `PaLMModel` and the head, which is its token embeddings."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own way)
+    accepts_loss_kwargs = False  # its loss is the mean of a batch: transformers' Trainer is not to count tokens for it
 
     def __init__(self, config: PaLMConfig):
         super().__init__(config)
