@@ -18,7 +18,7 @@ from flamingo.model import cross_attention, resampler
 from flamingo.model.cross_attention import Images, MediaMask, media_attention_mask
 from flamingo.model.language_model import FlamingoLMMixin, extend_instance
 from flamingo.model.palm import PaLMConfig, PaLMForCausalLM
-from flamingo.model.vision import VisionEncoder
+from flamingo.model.vision import trains
 
 
 class PerceiverResampler(resampler.PerceiverResampler):
@@ -172,9 +172,7 @@ class FlamingoPaLM(nn.Module):
         if self.img_encoder is None:
             raise ValueError("there is no img_encoder: give one to FlamingoPaLM, or embeds in place of images")
         images = rearrange(images, "B T C H W -> B T 1 C H W") if images.ndim == 5 else images
-        frames, encoder = images.flatten(0, 2), self.img_encoder
-        own = isinstance(encoder, VisionEncoder) and trains(encoder)  # by itself one of ours gives no gradient
-        features = encoder.patch_features(frames) if own else encoder(frames)  # (B·T·F, v, dim)
+        features = self.img_encoder(images.flatten(0, 2))  # (B·T·F, v, dim)
         dim, shape = self.perceiver.dim, tuple(features.shape) if isinstance(features, Tensor) else type(features)
         if not (isinstance(features, Tensor) and features.ndim == 3 and features.shape[-1] == dim):
             raise ValueError(
@@ -182,10 +180,6 @@ class FlamingoPaLM(nn.Module):
                 "them: load_vision_encoder reads the patches)"
             )
         return features.unflatten(0, images.shape[:3])
-
-
-def trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _checked(time_mask: Tensor, index: Tensor) -> Tensor:

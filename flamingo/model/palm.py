@@ -156,12 +156,13 @@ class PaLMModel(PaLMPreTrainedModel):
             attention_mask = torch.ones(len(x), so_far, dtype=torch.long, device=x.device)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-        turn, mask, states = self.turn(position_ids), causal_mask(attention_mask, length), []
+        turn, mask = self.turn(position_ids), causal_mask(attention_mask, length)
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = []  # only if asked for: else each would be kept until the last layer is through
         for layer in self.layers:
-            states.append(x)
+            states += [x] if asked else []
             x = layer(x, turn, mask, cache)
         x = self.norm(x)
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = (*states, x) if asked else None
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **compat.as_output(cache))
 

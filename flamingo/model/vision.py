@@ -20,6 +20,10 @@ from flamingo.files import fingerprint
 from flamingo.interop import compat
 
 
+def trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 class VisionEncoder(nn.Module):
     """A frozen encoder. Subclasses say how features are read off their kind of tower.
 
@@ -45,10 +49,10 @@ class VisionEncoder(nn.Module):
         """Frozen means frozen: the tower stays in eval mode, whatever the model around it does."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, v, d)."""
-        features = self.patch_features(pixel_values)
+        """(N, C, H, W) → (N, v, d), with a gradient only if somebody has let the tower train."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self)):
+            features = self.patch_features(pixel_values)
         if features.ndim != 3:
             raise RuntimeError(f"{self.name} gave features of shape {tuple(features.shape)}, not (N, v, d)")
         return features
