@@ -72,7 +72,7 @@ class QFormerConfig:
 
     depth, width, heads, ff_mult: of its transformer. every: which layers look at the picture (the first of each group).
     num_latents: n, its queries. dropout: while it trains. max_num_frames: frames with an embedding of their own
-    (video), 0 for none. standardize: as of the resampler.
+    (video), 0 for none. query_gain, standardize: as of the resampler.
     """
 
     depth: int = 12
@@ -83,6 +83,7 @@ class QFormerConfig:
     num_latents: int = 32
     dropout: float = 0.1
     max_num_frames: int = 0
+    query_gain: float = 1.0
     standardize: bool = False
 
 

@@ -119,7 +119,7 @@ _with_architecture("classroom", "kosmos", {"tokenizer.standardize": True}, _NO_L
 # BLIP reads what it sees later than the others do, and with Muon not as well: assets/classroom/EXPERIMENTS.md.
 _with_architecture("classroom", "blip", {
     "qformer.depth": 4, "qformer.width": 192, "qformer.heads": 6, "qformer.ff_mult": 2, "qformer.num_latents": 16,
-    "qformer.dropout": 0.0,
+    "qformer.dropout": 0.0, "qformer.query_gain": 18.0,
 }, _NO_LOOKS | {"optimizer": "adamw", "steps": 1080})  # fmt: skip
 _with_architecture("classroom", "llava", training=_NO_LOOKS)
 _with_architecture("classroom", "llava-lora", training=_NO_LOOKS | {"lm_lr": 1e-3})

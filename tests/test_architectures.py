@@ -324,6 +324,23 @@ def test_the_q_former_looks_in_every_second_layer_and_tells_frames_apart():
         former(torch.randn(1, 3, 6, 12))
 
 
+def test_a_query_gain_gives_each_query_of_a_fresh_q_former_a_look_of_its_own():
+    torch.manual_seed(0)
+    settings = {"dim": 192, "depth": 2, "width": 192, "heads": 6, "num_latents": 16, "ff_mult": 1}
+    patches = torch.randn(8, 1, 36, 192)  # (N, F, v, d)
+    looked_at = {}
+    for gain in (1.0, 18.0):
+        former = QFormer(**settings, query_gain=gain).eval()
+        former.qformer.set_attn_implementation("eager")
+        looks = []
+        look = former.qformer.encoder.layer[0].crossattention.attention
+        look.register_forward_hook(lambda module, inputs, out, looks=looks: looks.append(out[1]))
+        former(patches)
+        entropy = -(looks[0] * looks[0].log()).sum(-1)  # (N, h, n)
+        looked_at[gain] = entropy.exp().mean().item()  # patches a query looks at, of 36
+    assert looked_at[1.0] > 35.5 and looked_at[18.0] < 32
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_videos(tokenizer):
     model = tiny_vlm(tokenizer, "language-stream")
