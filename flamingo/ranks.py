@@ -123,6 +123,7 @@ def joined(name: str) -> Iterator[None]:
     store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=number, world_size=size)
+    at_its_end.group = torch.distributed.group.WORLD
     _rank, _count = number, size
     try:
         with _ending_together(store, name), contextlib.ExitStack() as muted:
@@ -144,9 +145,14 @@ class _End:
     lets go of it while Python is being taken down aborts the process (seen with torch 2.15, once in sixteen ends on a
     busy core), and torchrun calls a run failed that has written all it should. Whatever else is to be done at the exit
     has been done: its handlers were registered later, and those come first.
+
+    And it keeps the group until then. A model in a DistributedDataParallel has it too: freed last of all, it would wait
+    for these threads with Python's lock in its hand, which a thread needs to let go of its tensor (seen with torch 2.6,
+    once in twenty-eight ends: that process never ended; not with 2.15).
     """
 
     all_is_well = False
+    group = None
 
     def __call__(self) -> None:
         error_after_it = hasattr(sys, "last_value")  # one that nobody caught: it has an exit code of its own

@@ -199,6 +199,37 @@ with ranks.joined("command.py"):
     assert done.returncode != 0 and "KeyError: 'ours'" in done.stderr
 
 
+def test_a_model_freed_after_the_run_waits_for_no_thread(tmp_path):
+    """With it the group was freed, by a process that held Python while it waited for the group's threads; and these
+    waited for Python, to let go of the last tensor they had added up. Here a thread has one for sure: it waits for the
+    other process, which comes two seconds later."""
+    script = tmp_path / "command.py"
+    script.write_text("""
+import sys, time
+from pathlib import Path
+import torch
+from flamingo import ranks
+from flamingo.training import distributed
+
+def work():
+    with ranks.joined("command.py"):
+        together = distributed.for_training(torch.nn.Linear(2, 2), torch.device("cpu"), shard=False)
+        if ranks.is_first():
+            torch.distributed.all_reduce(torch.ones(9), async_op=True)
+        else:
+            time.sleep(2)
+            torch.distributed.all_reduce(torch.ones(9))
+            Path(sys.argv[1]).touch()
+
+work()
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, str(tmp_path / "added")], env=environment, check=True, timeout=120)
+
+
 def test_a_restart_needs_a_name(tmp_path):
     code, said = output(launch(2, "--device", "cpu", restarts=1, cwd=tmp_path))
     assert code != 0 and "name the run folder with --out" in said
