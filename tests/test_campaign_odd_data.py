@@ -244,7 +244,10 @@ TABLES = {
     "dictionary": (parquet(caption=pyarrow.array(CAPTIONS).dictionary_encode()), Reads(4)),
     "large strings": (parquet(image=pyarrow.array(NAMES, pyarrow.large_string())), Reads(4)),
     "string views": (parquet(image=pyarrow.array(NAMES, pyarrow.string_view())), Reads(4)),
-    "five bytes": (parquet(image=pyarrow.array([b"12345"] * 4, pyarrow.binary(5))), Refused("holds no pictures")),
+    "five bytes": (
+        parquet(image=pyarrow.array([b"12345"] * 4, pyarrow.binary(5))),
+        Refused("holds no pictures|does not have a datasets dtype"),  # datasets 4 cannot even load them
+    ),
     "captions in bytes": (parquet(caption=[b"a"] * 4), Refused("only 0 of 4")),
     "times": (parquet(t=pyarrow.array([0] * 4, pyarrow.timestamp("ns"))), Reads(4)),
     "decimals": (parquet(t=pyarrow.array([1] * 4, pyarrow.decimal128(5, 2))), Reads(4)),

@@ -19,6 +19,7 @@ from transformers import BatchFeature, ProcessorMixin
 from flamingo.data.chunks import EOC_TOKEN, MEDIA_TOKEN, Chunk
 from flamingo.data.preprocess import Picture, Preprocess, as_pil, is_picture
 from flamingo.errors import InputError
+from flamingo.interop.threads import one_at_a_time
 
 # A conversation as the text the model is trained on: what the user says is the prompt, what the assistant says the
 # caption. (Jinja, as transformers has it.)
@@ -79,7 +80,12 @@ class FlamingoProcessor(ProcessorMixin):
     media_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids(MEDIA_TOKEN))
     eoc_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids(EOC_TOKEN))
     pad_token_id = property(lambda self: self.tokenizer.pad_token_id)
-    begin_ids = property(lambda self: list(self.tokenizer("").input_ids))  # OPT's </s>, of GPT-2 nothing
+    begin_ids = property(lambda self: list(self._ids("")))  # OPT's </s>, of GPT-2 nothing
+
+    def _ids(self, text: str | list[str], **how) -> list:
+        """The tokenizer's, which takes one thread at a time: older ones fail if a second comes ("Already borrowed")."""
+        with one_at_a_time(self.tokenizer):
+            return self.tokenizer(text, **how).input_ids
 
     # ----------------------------------------------------------------------------------------- load and save
     @classmethod
@@ -291,7 +297,7 @@ class FlamingoProcessor(ProcessorMixin):
         strings = list(dict.fromkeys(f" {part}" for part in parts))
         # A text in which </s> or <image> are letters like any other: the special tokens are put in by us alone.
         letters = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        ids = dict(zip(strings, self.tokenizer(strings, **letters).input_ids, strict=True)) if strings else {}
+        ids = dict(zip(strings, self._ids(strings, **letters), strict=True)) if strings else {}
         begin, image, end = self.begin_ids, self.media_token_id, self.eoc_token_id
         encoded = []
         for text in texts:
