@@ -1,6 +1,7 @@
 """Everyday use of a FlamingoModel: threads, loops written by hand, embeddings, attentions, chats, odd pictures."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from transformers import DynamicCache, pipeline
 
 from flamingo import FlamingoModel, FlamingoProcessor, InputError
 from flamingo.classroom import scenes
+from flamingo.data.chunks import Chunk
 from flamingo.files import asset
 from flamingo.interop import compat
 from flamingo.interop.threads import one_at_a_time
@@ -50,6 +52,37 @@ def test_threads_that_share_a_model_get_the_captions_of_their_own_pictures(model
     for thread in threads:
         thread.join()
     assert found == {i: [alone[i]] * 5 for i in range(3)}
+
+
+def test_threads_take_turns_at_the_tokenizer(processor):
+    """Older ones fail when a second comes, whichever of the two ways of the processor it takes."""
+
+    class OneAtATime:
+        busy, seen_busy = False, False
+        __getattr__ = lambda self, name: getattr(processor.tokenizer, name)  # noqa: E731
+
+        def __call__(self, *texts, **how):
+            self.seen_busy |= self.busy
+            self.busy = True
+            time.sleep(0.01)  # here another thread may come
+            self.busy = False
+            return processor.tokenizer(*texts, **how)
+
+    tokenizer = OneAtATime()
+    sharing, found = FlamingoProcessor(tokenizer, processor.image_processor), {}
+
+    def read(i: int) -> None:
+        found[i] = sharing(text=[f"<image> {i} things"])["input_ids"], sharing.encode_chunks([Chunk(0, f"{i} things")])
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not tokenizer.seen_busy
+    for i, (ids, (of_chunks, _)) in found.items():
+        assert ids.equal(processor(text=[f"<image> {i} things"])["input_ids"]), i
+        assert of_chunks == processor.encode_chunks([Chunk(0, f"{i} things")])[0], i
 
 
 def test_a_model_that_its_own_callback_calls_again_says_so(model, inputs):

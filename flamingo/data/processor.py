@@ -83,7 +83,7 @@ class FlamingoProcessor(ProcessorMixin):
     begin_ids = property(lambda self: list(self._ids("")))  # OPT's </s>, of GPT-2 nothing
 
     def _ids(self, text: str | list[str], **how) -> list:
-        """The tokenizer's, which takes one thread at a time: older ones fail if a second comes ("Already borrowed")."""
+        """The tokenizer's, one thread at a time: that of tokenizers 0.22 fails if a second comes (already borrowed)."""
         with one_at_a_time(self.tokenizer):
             return self.tokenizer(text, **how).input_ids
 
@@ -204,7 +204,7 @@ class FlamingoProcessor(ProcessorMixin):
             raise ValueError(
                 f"padding={padding!r} with max_length={max_length}: give one of {known}, the fourth with it"
             )
-        rows = [self.tokenizer(one, add_special_tokens=add_special_tokens).input_ids for one in texts]
+        rows = [self._ids(one, add_special_tokens=add_special_tokens) for one in texts]
         if truncation or (truncation is None and padding != "max_length"):
             rows = [row[:max_length] for row in rows]
         if padding in (False, "do_not_pad") and len({len(row) for row in rows}) > 1:
