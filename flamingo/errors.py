@@ -102,6 +102,14 @@ def stopped(name: str) -> str:
     return f"\n{name}: stopped" + "".join(f"; {sentence()}" for sentence in _ways_on[-1:])
 
 
+def end_soon() -> None:
+    """Ends the process in two seconds, should it still be there: its last words may go into a full pipe that nobody
+    reads. (Windows has no alarm.)"""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(2)
+
+
 # Ctrl-C, a polite kill (of a scheduler, of `docker stop`), a terminal that is closed.
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -118,6 +126,7 @@ def _stopping_at_once(name: str) -> Iterator[None]:
         if os.getpid() != parent or os.environ.get("RANK", "0") != "0":
             os._exit(128 + number)
         sentence = stopped(name)
+        end_soon()
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         with contextlib.suppress(OSError):  # the terminal is gone

@@ -91,7 +91,7 @@ def held(folder: Path, patience: float | None = None) -> Iterator[Path]:
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a "soft" one outlives a run killed on another machine
     with writing(folder):
         try:
             lock.acquire(timeout=PATIENCE if patience is None else patience)

@@ -1,8 +1,14 @@
 """Steps that are left out because their loss or gradient is not finite, and what a process of its own may say."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +21,7 @@ from flamingo.run_folder import METRICS, RESUME_POINT, SUMMARY, in_run_folder
 from flamingo.training.command_line import parse_training_options
 from flamingo.training.resume import ResumePoints, read_facts
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
 SHORT = ["--steps", str(STEPS), "--batch-size", "2", "--eval-batches", "1", "--eval-every", "9", "--save-every", "1",
          "--dtype", "float32", "--device", "cpu"]  # fmt: skip
@@ -99,3 +106,38 @@ def test_a_mistake_in_a_process_that_prepares_pictures_is_one_sentence(workers):
     with pytest.raises(InputError) as raised:
         list(batches(Vanishing(), list, batch_size=1, steps=4, seed=0, workers=workers))
     assert str(raised.value)[1:] == ".jpg: is missing, and could be read when the run began"
+
+
+READS = """
+import multiprocessing, time
+from flamingo.data.batches import batches
+
+class Numbers:
+    curriculum = ()
+    def __len__(self): return 100
+    def length(self, _): return 1
+    def __getitem__(self, index): return index
+
+if __name__ == "__main__":
+    prepared = iter(batches(Numbers(), lambda _: "x" * 10**6, batch_size=1, steps=100, seed=0, workers=2))
+    next(prepared)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell a process that its parent has gone")
+def test_a_process_that_prepares_pictures_ends_with_the_run_that_is_killed(tmp_path):
+    """Though the pipe is full of batches that nobody will read."""
+    (tmp_path / "reads.py").write_text(READS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([sys.executable, tmp_path / "reads.py"], env=environment, stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(pid)) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2
+    time.sleep(1)  # the pipe fills
+    run.kill()
+    run.wait()
+    left = psutil.wait_procs(workers, timeout=60)[1]
+    for worker in left:
+        worker.kill()
+    assert not left

@@ -1,5 +1,6 @@
 """A campaign of ends: a full disk, Ctrl-C, a terminal that is closed, output that nobody reads."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -177,7 +178,8 @@ SHORT = ["--batch-size", "2", "--eval-batches", "1", "--eval-every", "9", "--dev
 def start(*arguments, **how) -> subprocess.Popen:
     words = [sys.executable, ROOT / "train.py", *map(str, arguments)]
     how |= {"cwd": ROOT, "env": os.environ | {"HF_HUB_OFFLINE": "1"}, "text": True}
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **(HEARS_CTRL_C | how))
+    how = {"stderr": subprocess.PIPE} | HEARS_CTRL_C | how
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, **how)
 
 
 def one_sentence(process: subprocess.Popen, *words: str) -> None:
@@ -206,6 +208,25 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run_costs_no_earlier_state(tmp_p
     run = (*SHORT, "--optimizer", "adamw", "--steps", "4", "--save-every", "1", "--out", folder)  # two moments a weight
     one_sentence(start(*run, preexec_fn=full), "cannot write")
     assert read_facts(folder)["step"] == 0 and not [name for name in names(folder) if name.startswith(UNFINISHED)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no alarm")
+def test_a_polite_kill_ends_a_command_whose_words_nobody_reads(tmp_path):
+    """Its progress bar fills the pipe, and what it says at its end has no room there."""
+    folder = tmp_path / "run"
+    reader, writer = os.pipe()
+    process = start(*SHORT, "--steps", "9", "--out", folder, stderr=writer)
+    while not (folder / LOCK).exists():
+        time.sleep(0.01)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b" " * 4096):
+            pass
+    os.set_blocking(writer, True)
+    process.terminate()
+    assert process.wait(timeout=30) == -signal.SIGALRM
+    for end in (reader, writer):
+        os.close(end)
 
 
 def test_ctrl_c_while_libraries_are_imported(tmp_path):

@@ -1,6 +1,7 @@
 """A campaign of hostile run folders: who holds one, what stands in the way, and it is left as it was."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from campaign import GOOD_FACTS, facts_file, names, options
 
 import evaluate
+from flamingo.data.feature_cache import _only_one_builder
 from flamingo.errors import InputError
 from flamingo.files import UNFINISHED, write_json
 from flamingo.run_folder import (
@@ -52,6 +54,24 @@ def test_a_folder_is_claimed_before_anything_is_built_and_a_kill_frees_it(tmp_pa
     in_run_folder(lambda _, claimed: built.append(names(claimed)), options(out=folder))
     assert built == [[LOCK]]  # what the killed one left half-written is gone
     assert folder.is_dir() and names(folder) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks in another way")
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, code):
+    """Once runs/classroom-2, -3, … were made without end: a lock that nobody can have was taken for one in use."""
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=os.strerror(code)):
+        in_run_folder(lambda *_: None, options())
+    assert names(tmp_path / "runs") == ["classroom"]
+    with pytest.raises(InputError, match=f"cannot use the feature cache .*{os.strerror(code)}"):
+        _only_one_builder(tmp_path / "cache").__enter__()
 
 
 def test_a_command_that_makes_nothing_of_its_folder_leaves_none(tmp_path, refused, monkeypatch):

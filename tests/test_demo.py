@@ -77,6 +77,19 @@ def test_a_visitor_who_leaves_in_mid_sentence_does_not_hold_the_model(demo):
     assert demo.caption(ONE.picture, CUE) == ONE.scene.caption("sentence")
 
 
+def test_who_waits_is_told_of_whatever_ends_the_answer(demo, monkeypatch):
+    class Panic(BaseException):
+        """As tokenizers have it, which are no Python."""
+
+    def panic(*_):
+        raise Panic
+
+    with monkeypatch.context() as patched, pytest.raises(Panic):
+        patched.setattr(demo.processor, "decode_captions", panic)
+        demo.caption(ONE.picture, CUE)
+    assert demo.caption(ONE.picture, CUE) == ONE.scene.caption("sentence")
+
+
 @pytest.mark.parametrize("prompt, reason", [
     (f"{MEDIA_TOKEN} and {MEDIA_TOKEN}", "without <image>"), ("cat " * 600, "positions"),
 ])  # fmt: skip

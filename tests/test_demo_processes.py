@@ -1,5 +1,6 @@
 """The page and its model are two processes: what one asks of the other, and what becomes of one that is left alone."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -128,6 +129,26 @@ def test_when_the_model_has_gone_who_waits_and_who_asks_gets_a_sentence():
         remote.caption(PICTURE, CUE)
     with pytest.raises(InputError, match=GONE[:30]):
         remote.caption(PICTURE, CUE)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_an_answer_cannot_be_received_who_waits_and_who_asks_gets_a_sentence():
+    remote = RemoteModel(RUN, "cpu")
+    assert remote.about
+
+    def no_room():
+        receive()
+        raise MemoryError
+
+    receive, remote._pipe.recv = remote._pipe.recv, no_room
+    try:
+        for _ in range(3):  # the first is answered by the call of recv that waits already
+            with contextlib.suppress(InputError):
+                remote.caption(PICTURE, CUE)
+        with pytest.raises(InputError, match=GONE[:30]):
+            remote.caption(PICTURE, CUE)
+    finally:
+        remote.close()
 
 
 def living(group: int) -> list[str]:

@@ -280,7 +280,8 @@ def test_documents_in_shards_become_the_right_batch(tmp_path):
     )
 
 
-def test_parquet_files_are_streamed(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_parquet_files_are_streamed(tmp_path, workers):
     import datasets
 
     for part in range(3):
@@ -288,8 +289,10 @@ def test_parquet_files_are_streamed(tmp_path):
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"train-{part}.parquet")
     stream = stream_of(str(tmp_path), stream=True)
     assert len(stream.sources[0].shards) == 3
-    texts = [text for batch in read(stream, 3) for text in batch]
-    assert len(set(texts)) == 12
+    assert stream.begin == [2]  # rows of the first file, which are for validation
+    batches = read(stream, 3 if workers < 3 else 9, workers=workers, batch=4 if workers < 3 else 1)
+    texts = [text for batch in batches for text in batch]
+    assert len(set(texts)) == len(texts)
 
 
 # -------------------------------------------------------------------------------------------------------- shards

@@ -4,7 +4,10 @@ What this file teaches: which tokens a captioning model is trained to predict. N
 the prompt; the caption, and the token that ends it. `caption_labels` is that loss mask, without a Python loop.
 """
 
+import os
 import random
+import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -279,5 +282,20 @@ def batches(
     sampler = StepSampler(examples.length, len(examples), batch_size, steps, seed, examples.curriculum, skip, share)
     return DataLoader(
         examples, batch_sampler=sampler, collate_fn=collate, num_workers=workers, pin_memory=pin,
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0, worker_init_fn=end_with_the_run,
     )  # fmt: skip
+
+
+def end_with_the_run(_: int) -> None:
+    """What a worker does first: it sees to it that it ends when the process is gone that started it.
+
+    torch's own worker sees that as well, and then waits until somebody has read the batches it has made: for ever, if
+    they fill the pipe, with the lock of the run's folder in its hands."""
+    run = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == run:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from flamingo.data.batches import Example
+from flamingo.data.batches import Example, end_with_the_run
 from flamingo.data.captions import CaptionedPictures
 from flamingo.errors import InputError
 from flamingo.files import remove_unfinished, write_json
@@ -173,7 +173,10 @@ class FeatureCache:
                 "choose another folder with --cache, or --cache off"
             )
         write_json(self.meta, {"key": self.key, "pictures": self.rows, "shape": self.shape})
-        loader = DataLoader(Subset(pictures, range(done, self.rows)), batch_size=AT_ONCE, num_workers=workers)
+        loader = DataLoader(
+            Subset(pictures, range(done, self.rows)), batch_size=AT_ONCE, num_workers=workers,
+            worker_init_fn=end_with_the_run,
+        )  # fmt: skip
         bar = tqdm(total=self.rows, initial=done, desc="encoding pictures", unit="picture")
         with open(self.features, "r+b" if done else "wb") as data, open(self.checksums, "ab") as sums, bar:
             sums.truncate(done * 4)  # a kill may have left a part of an entry
@@ -214,7 +217,7 @@ def _using(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _only_one_builder(folder: Path) -> Iterator[None]:
     """Two runs may want the same cache: the second waits for the first. A lock ends with its process."""
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / "lock", fallback_to_soft=False)
     with _using(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -136,7 +136,9 @@ class TableShards:
         return rows
 
     def samples(self, shard: int) -> Iterator[dict]:
-        return iter(self._undecoded(self.rows).shard(num_shards=len(self.shards), index=shard))
+        rows = self._undecoded(self.rows).shard(num_shards=len(self.shards), index=shard)
+        # In "batches" of one: iter(rows) in a DataLoader's worker would share out once more what is this worker's own.
+        return ({name: values[0] for name, values in row.items()} for row in rows.iter(batch_size=1))
 
     def example(self, row: dict) -> Example:
         value = row.get(self.image_column)

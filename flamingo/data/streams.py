@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from flamingo import ranks
 from flamingo.config import TrainingOptions
-from flamingo.data.batches import Batch, Collate, Example
+from flamingo.data.batches import Batch, Collate, Example, end_with_the_run
 from flamingo.data.captions import load_captions
 from flamingo.data.chunks import Chunk
 from flamingo.data.places import Unusable, shown
@@ -189,7 +189,10 @@ class Stream:
                     "flamingo.data.shards)"
                 )
         made = _Batches(self, collate, len(ranks.share(range(batch_size))), skip, steps, ranks.rank(), ranks.count())
-        loader = DataLoader(made, batch_size=None, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0)
+        loader = DataLoader(
+            made, batch_size=None, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0,
+            worker_init_fn=end_with_the_run,
+        )  # fmt: skip
         for batch, origins in loader:
             for origin in origins:
                 self.position[origin.source][origin.shard] = (origin.epoch, origin.done)

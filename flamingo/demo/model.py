@@ -93,12 +93,12 @@ class DemoModel:
                     )
                 said.put(self.processor.decode_captions(whole, ids.shape[1])[0])
                 said.put(None)
-            except Exception as error:  # raised again where somebody waits for it
+            except BaseException as error:  # an exit that a library asks for, too: raised again where somebody waits
                 said.put(error)
 
         threading.Thread(target=work, daemon=True).start()
         while (piece := said.get()) is not None:
-            if isinstance(piece, Exception):
+            if isinstance(piece, BaseException):
                 raise piece
             yield piece
 

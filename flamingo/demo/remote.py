@@ -100,6 +100,7 @@ class RemoteModel:
                     if answers := self._waiting.get(number):
                         answers.put(answer)
         finally:  # after any other error too, which this thread prints
+            self._pipe.close()  # who asks from now on is told as well
             for answers in list(self._waiting.values()):
                 answers.put(InputError(GONE))
 

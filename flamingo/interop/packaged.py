@@ -102,8 +102,9 @@ def language_model_folder(name: str) -> Path:
     file = packaged_file(name, weights)
     with writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"))
-    with lock:  # two runs may want it at once
+        lock = FileLock(folder.with_suffix(".lock"), fallback_to_soft=False)
+        held = lock.acquire()  # two runs may want it at once
+    with held:
         if not folder.is_dir():
             _convert(name, file, folder)
     return folder
