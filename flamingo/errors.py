@@ -102,12 +102,17 @@ def stopped(name: str) -> str:
     return f"\n{name}: stopped" + "".join(f"; {sentence()}" for sentence in _ways_on[-1:])
 
 
-def end_soon() -> None:
-    """Ends the process in two seconds, should it still be there: its last words may go into a full pipe that nobody
-    reads. (Windows has no alarm.)"""
+def last_words(name: str) -> None:
+    """Says `stopped(name)`, in a handler of a signal: the process is about to end. Should a pipe be full that nobody
+    reads, the words wait there, and the alarm ends the process in two seconds. (Windows has none.)"""
+    sentence = stopped(name)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(2)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the terminal is gone
+        os.write(2, f"{sentence}\n".encode())
 
 
 # Ctrl-C, a polite kill (of a scheduler, of `docker stop`), a terminal that is closed.
@@ -125,12 +130,7 @@ def _stopping_at_once(name: str) -> Iterator[None]:
         # A process that prepares pictures, or one of several that torchrun started: another one speaks.
         if os.getpid() != parent or os.environ.get("RANK", "0") != "0":
             os._exit(128 + number)
-        sentence = stopped(name)
-        end_soon()
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        with contextlib.suppress(OSError):  # the terminal is gone
-            os.write(2, f"{sentence}\n".encode())
+        last_words(name)
         os._exit(128 + number)
 
     before = {}

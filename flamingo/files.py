@@ -59,6 +59,14 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {why}. Free some space or choose another folder") from error
 
 
+def lock_of(path: Path):
+    """filelock's FileLock, and never its "soft" one, which outlives a process that is killed on another machine: where
+    a file system has no locks, to acquire it raises OSError."""
+    from filelock import FileLock  # here: most commands need none
+
+    return FileLock(path, fallback_to_soft=False)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Take away what a killed process left half-written. Only for who alone writes into the folder."""
     for path in folder.glob(f"{UNFINISHED}*"):

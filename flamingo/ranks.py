@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from flamingo.errors import InputError, end_soon, sentence_of, stopped
+from flamingo.errors import InputError, last_words, sentence_of
 
 _rank, _count = 0, 1
 LOST = ("gloo", "nccl", "connection closed", "connection reset")  # words of the errors when another process is gone
@@ -176,8 +176,7 @@ def _ending_together(store, name: str) -> Iterator[None]:
     def stop(*_) -> None:
         """torchrun ends the others when one has failed."""
         if os.getpid() == parent and is_first_to_speak():
-            end_soon()
-            os.write(2, f"{stopped(name)}\n".encode())
+            last_words(name)
             os._exit(143)
         os._exit(2)
 

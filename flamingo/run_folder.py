@@ -14,7 +14,7 @@ from pathlib import Path
 from flamingo import ranks
 from flamingo.config import TrainingOptions
 from flamingo.errors import InputError, way_on
-from flamingo.files import UNFINISHED, must_be_regular, read_json, remove_unfinished, writing
+from flamingo.files import UNFINISHED, lock_of, must_be_regular, read_json, remove_unfinished, writing
 from flamingo.limits import checked_fields, quoted
 from flamingo.presets import training_options
 
@@ -87,11 +87,11 @@ def new(folder: Path, patience: float | None = None) -> Iterator[Path]:
 def held(folder: Path, patience: float | None = None) -> Iterator[Path]:
     """Hold a folder: nobody else writes into it meanwhile, and what a killed command left half-written is taken away.
     Raises InputError if there is no such folder, it stays in use (for PATIENCE, if not given), or cannot be written."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
-    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a "soft" one outlives a run killed on another machine
+    lock = lock_of(folder / LOCK)
     with writing(folder):
         try:
             lock.acquire(timeout=PATIENCE if patience is None else patience)

@@ -290,9 +290,9 @@ def test_parquet_files_are_streamed(tmp_path, workers):
     stream = stream_of(str(tmp_path), stream=True)
     assert len(stream.sources[0].shards) == 3
     assert stream.begin == [2]  # rows of the first file, which are for validation
-    batches = read(stream, 3 if workers < 3 else 9, workers=workers, batch=4 if workers < 3 else 1)
-    texts = [text for batch in batches for text in batch]
-    assert len(set(texts)) == len(texts)
+    batch, steps = (1, 9) if workers == 3 else (4, 3)  # as many as there are for certain before a row comes again
+    texts = [text for texts in read(stream, steps, workers=workers, batch=batch) for text in texts]
+    assert len(texts) == len(set(texts)) == batch * steps
 
 
 # -------------------------------------------------------------------------------------------------------- shards

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from flamingo.data.batches import Example, end_with_the_run
 from flamingo.data.captions import CaptionedPictures
 from flamingo.errors import InputError
-from flamingo.files import remove_unfinished, write_json
+from flamingo.files import lock_of, remove_unfinished, write_json
 from flamingo.model.vision import VisionEncoder
 
 AT_ONCE = 16  # pictures encoded together, and made safe on disk together
@@ -217,7 +217,7 @@ def _using(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _only_one_builder(folder: Path) -> Iterator[None]:
     """Two runs may want the same cache: the second waits for the first. A lock ends with its process."""
-    lock = FileLock(folder / "lock", fallback_to_soft=False)
+    lock = lock_of(folder / "lock")
     with _using(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:

